@@ -1,0 +1,116 @@
+"""How hard weights are pulled: the distance to a set, its Moreau envelope, and the relaxation step."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from brelax_jax.sets import QuantizedSet, compute_dtype
+
+
+def strength_of(lam: ArrayLike) -> Array:
+    """α = 1/(1 + 1/λ) = λ/(λ + 1), exact at both ends: 0 at λ = 0 and 1 at λ = ∞."""
+    return 1 / (1 + 1 / jnp.asarray(lam))
+
+
+def blend(y: Array, projection: Array, alpha: ArrayLike) -> Array:
+    """(1 − α)·y + α·projection: at α = 0 exactly y, at α = 1 exactly the projection."""
+    return (1 - alpha) * y + alpha * projection
+
+
+def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
+    """min over u ∈ Q of ‖u − w‖₂, over all scale groups together.
+
+    Residuals within rounding of w's dtype count as zero, so that a point on Q has distance 0. Differentiable almost
+    everywhere, and on Q, where the gradient is 0.
+
+    Args:
+      w: floating array of any shape.
+      qset: the set Q.
+
+    Returns:
+      A scalar, at least float32.
+
+    Raises:
+      TypeError: if w is not of a floating dtype.
+      ValueError: if the set's granularity does not fit w's shape.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.distance(jnp.array([3.0, -5.0]), brx.Binary()).round(4)
+    Array(1.4142, dtype=float32)
+    """
+    residual = _residual(w, qset)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(residual), initial=0))
+    unit = jnp.where(largest > 0, largest, 1)
+    square = jnp.sum(jnp.square(residual / unit))
+    on_set = square == 0
+    return unit * jnp.where(on_set, 0, jnp.sqrt(jnp.where(on_set, 1, square)))
+
+
+def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
+    """min over u of λ/2·‖u − w‖² + indicator of Q(u), which is λ/2·distance(w, Q)².
+
+    Its gradient is λ·(w − proj_Q(w)) almost everywhere. At λ = ∞ it is the indicator itself: 0 on Q, else ∞.
+
+    Args:
+      w: floating array of any shape.
+      qset: the set Q.
+      lam: λ ≥ 0, a scalar; 0 and ∞ are allowed.
+
+    Returns:
+      A scalar, at least float32.
+
+    Raises:
+      TypeError: if w is not of a floating dtype.
+      ValueError: if the set's granularity does not fit w's shape.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.moreau_envelope(jnp.array([3.0, -5.0]), brx.Binary(), lam=10.0).round(4)
+    Array(10., dtype=float32)
+
+    References:
+      Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), section 3.
+    """
+    square = jnp.sum(jnp.square(_residual(w, qset)))
+    return jnp.where(square == 0, 0, jnp.asarray(lam, square.dtype)) * square / 2
+
+
+def relax(y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
+    """argmin over u of ½·‖u − y‖² + λ/2·distance(u, Q)², which is (λ·proj_Q(y) + y)/(λ + 1).
+
+    The proximal map of the Moreau envelope: y itself at λ = 0, exactly proj_Q(y) at λ = ∞.
+
+    Args:
+      y: floating array of any shape, the float weights.
+      qset: the set Q.
+      lam: λ ≥ 0, a scalar; 0 and ∞ are allowed.
+
+    Returns:
+      The pseudo-quantized weights, of y's shape and dtype.
+
+    Raises:
+      TypeError: if y is not of a floating dtype.
+      ValueError: if the set's granularity does not fit y's shape.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.relax(jnp.array([3.0, -5.0]), brx.Binary(), lam=1.0)
+    Array([ 3.5, -4.5], dtype=float32)
+
+    References:
+      Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), eq. 3.3.
+    """
+    projection = qset.project(y)
+    y = jnp.asarray(y)
+    compute = compute_dtype(y.dtype)
+    alpha = strength_of(jnp.asarray(lam, compute))
+    return blend(y.astype(compute), projection.astype(compute), alpha).astype(y.dtype)
+
+
+def _residual(w: ArrayLike, qset: QuantizedSet) -> Array:
+    """w − proj_Q(w), at least float32, zero where it is within rounding of w's dtype."""
+    projection = qset.project(w)
+    w = jnp.asarray(w)
+    compute = compute_dtype(w.dtype)
+    residual = w.astype(compute) - projection.astype(compute)
+    rounding = jnp.finfo(w.dtype).eps + 8 * jnp.finfo(compute).eps
+    return jnp.where(jnp.abs(residual) <= float(rounding) * jnp.abs(w), jnp.zeros_like(residual), residual)

@@ -1,0 +1,75 @@
+"""When: continuation schedules, from a step count to λ."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+Schedule = Callable[[ArrayLike], ArrayLike]
+
+
+def geometric_continuation(
+    init_value: float = 1.0, growth: float = 1.04, every: int = 1
+) -> Callable[[ArrayLike], Array]:
+    """λ(count) = init_value · growth^⌊count/every⌋.
+
+    The paper's continuation multiplies λ once an epoch: set `every` to the steps of an epoch.
+
+    Args:
+      init_value: λ at count 0, positive.
+      growth: the factor, at least 1.
+      every: steps from one multiplication to the next, at least 1.
+
+    Returns:
+      A function of the step count; it grows to ∞, which is the exact projection.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+
+    >>> import brelax_jax as brx
+    >>> lam = brx.geometric_continuation(init_value=1.0, growth=2.0, every=100)
+    >>> float(lam(99)), float(lam(300))
+    (1.0, 8.0)
+
+    References:
+      Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), algorithm 1.
+    """
+    if not init_value > 0:
+        raise ValueError(f"init_value must be positive, because growth cannot leave 0, got {init_value!r}.")
+    if not growth >= 1:
+        raise ValueError(f"growth must be at least 1, so that λ does not fall, got {growth!r}.")
+    if not every >= 1:
+        raise ValueError(f"every must be at least 1 step, got {every!r}.")
+
+    def schedule(count: ArrayLike) -> Array:
+        return init_value * jnp.power(jnp.float32(growth), jnp.asarray(count) // every)
+
+    return schedule
+
+
+def linear_continuation(steps: int) -> Callable[[ArrayLike], Array]:
+    """λ(count) such that the strength α = λ/(λ + 1) rises linearly from 0 to 1 in `steps` steps, and stays at 1.
+
+    Args:
+      steps: at least 1.
+
+    Returns:
+      A function of the step count; from `steps` on it is ∞.
+
+    Raises:
+      ValueError: if `steps` is below 1.
+
+    >>> import brelax_jax as brx
+    >>> lam = brx.linear_continuation(steps=100)
+    >>> float(lam(0)), float(lam(50)), float(lam(100))
+    (0.0, 1.0, inf)
+    """
+    if not steps >= 1:
+        raise ValueError(f"steps must be at least 1, got {steps!r}.")
+
+    def schedule(count: ArrayLike) -> Array:
+        done = jnp.clip(jnp.asarray(count, jnp.float32), 0, steps)
+        return done / (steps - done)
+
+    return schedule

@@ -1,0 +1,16 @@
+"""Where the weights must land: quantized sets, and which weights share a scale."""
+
+from brelax_jax.sets._base import Fit as Fit
+from brelax_jax.sets._base import QuantizedSet as QuantizedSet
+from brelax_jax.sets._base import compute_dtype as compute_dtype
+from brelax_jax.sets._granularity import Granularity as Granularity
+from brelax_jax.sets._granularity import PerBlock as PerBlock
+from brelax_jax.sets._granularity import PerChannel as PerChannel
+from brelax_jax.sets._granularity import PerTensor as PerTensor
+from brelax_jax.sets._quantized import Quantized as Quantized
+from brelax_jax.sets._sets import Binary as Binary
+from brelax_jax.sets._sets import PowerOfTwo as PowerOfTwo
+from brelax_jax.sets._sets import ScaledLevels as ScaledLevels
+from brelax_jax.sets._sets import Ternary as Ternary
+from brelax_jax.sets._sets import TernaryThreshold as TernaryThreshold
+from brelax_jax.sets._sets import Uniform as Uniform

@@ -1,0 +1,161 @@
+"""What every quantized set is: levels, a granularity, a rule for the scale, and the projection that follows."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from brelax_jax.sets._granularity import Granularity, Groups, PerTensor
+from brelax_jax.sets._quantized import Quantized
+from brelax_jax.sets._search import at_index, least_squares_scale, level_index
+
+
+class Fit(NamedTuple):
+    """What places one array on a set: with it, the projection is elementwise.
+
+    Attributes:
+      scale: one entry per group, of the array's rank, at least float32.
+      cut: for sets that do not round to the nearest level, where |w| leaves zero; as `scale`, else None.
+    """
+
+    scale: Array
+    cut: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedSet:
+    """Q = { s·q : s ≥ 0, q ∈ Lⁿ } for each scale group, with a symmetric level set L.
+
+    The sets of this library derive from it. A new one states its `levels`; only if its scale is not to be the
+    least-squares one does it need a `fit_groups` of its own.
+
+    Attributes:
+      granularity: which weights share a scale s.
+      levels: L, ascending, at scale 1.
+    """
+
+    granularity: Granularity = dataclasses.field(default=PerTensor(), kw_only=True)
+    levels: tuple[float, ...] = dataclasses.field(init=False, repr=False)
+
+    def _state(self, **attributes: object) -> None:
+        """Sets attributes of a frozen instance, once, in `__post_init__`."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def magnitudes(self) -> tuple[float, ...]:
+        """The nonnegative levels, ascending."""
+        return tuple(level for level in self.levels if level >= 0)
+
+    def project(self, w: ArrayLike) -> Array:
+        """argmin over u ∈ Q of ‖u − w‖².
+
+        Differentiable almost everywhere, by the projection's own derivative: q·⟨q, ·⟩/⟨q, q⟩ in each group.
+
+        Args:
+          w: floating array of any shape.
+
+        Returns:
+          The projection, of w's shape and dtype. A group that holds NaN or infinity becomes NaN.
+
+        Raises:
+          TypeError: if w is not of a floating dtype.
+          ValueError: if the granularity does not fit w's shape.
+        """
+        return _project(self, self._checked(w))
+
+    def quantize(self, w: ArrayLike) -> Quantized:
+        """The projection as integer codes and scales; `quantize(w).dequantize()` is `project(w)`, bit for bit.
+
+        Args:
+          w: floating array of any shape.
+
+        Returns:
+          The codes (int8, w's shape) and the scales (at least float32).
+
+        Raises:
+          TypeError: if w is not of a floating dtype.
+          ValueError: if the granularity does not fit w's shape.
+        """
+        w = self._checked(w)
+        fit = self.fit(w)
+        codes = self.codes(w, fit).astype(jnp.int8)
+        return Quantized(codes, fit.scale, self._table, jnp.dtype(w.dtype))
+
+    def fit(self, w: Array) -> Fit:
+        """What places w on this set: the scale of each group."""
+        groups = self.granularity.groups(w.shape)
+        if w.size == 0:
+            return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
+        a = jnp.abs(w.astype(compute_dtype(w.dtype))).reshape(groups.view)
+        return jax.tree.map(lambda x: x.reshape(groups.scale), self.fit_groups(a, groups.axes))
+
+    def fit_groups(self, a: Array, axes: tuple[int, ...]) -> Fit:
+        """As `fit`, for magnitudes a = |w| in a view in which a group lies along `axes`."""
+        return Fit(least_squares_scale(a, self.magnitudes, axes))
+
+    def codes(self, w: Array, fit: Fit) -> Array:
+        """Signed indices into the magnitudes, for w placed by `fit`: floats of the scale's dtype, of w's shape."""
+        view, scale, cut = self._views(w, fit)
+        a = jnp.abs(view)
+        index = level_index(a, scale, self.magnitudes) if cut is None else (a > cut).astype(a.dtype)
+        index += len(self._table) - len(self.magnitudes)
+        return jnp.where((view < 0) & (index > 0), -index, index).reshape(w.shape)
+
+    def place(self, w: Array, fit: Fit) -> Array:
+        """The points of Q for w placed by `fit`, of w's shape and the scale's dtype."""
+        view, scale, _ = self._views(self._at_unit_scale(w, fit), fit)
+        return (view * scale).reshape(w.shape)
+
+    def _at_unit_scale(self, w: Array, fit: Fit) -> Array:
+        codes = self.codes(w, fit)
+        magnitude = at_index(jnp.abs(codes), self._table)
+        return jnp.where(codes < 0, -magnitude, magnitude)
+
+    @property
+    def _table(self) -> tuple[float, ...]:
+        """The magnitudes from 0 on, so that the sign of a code of a nonzero level is never lost."""
+        return self.magnitudes if self.magnitudes[0] == 0 else (0.0, *self.magnitudes)
+
+    def _views(self, w: Array, fit: Fit) -> tuple[Array, Array, Array | None]:
+        """w in the scale's dtype, the scale and the cut, in the view in which they broadcast."""
+        groups: Groups = self.granularity.groups(w.shape)
+        cut = None if fit.cut is None else fit.cut.reshape(groups.scale_view)
+        return w.astype(fit.scale.dtype).reshape(groups.view), fit.scale.reshape(groups.scale_view), cut
+
+    def _checked(self, w: ArrayLike) -> Array:
+        w = jnp.asarray(w)
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise TypeError(f"w must be of a floating dtype, got {w.dtype}; convert it, for example to float32.")
+        self.granularity.groups(w.shape)
+        return w
+
+
+def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which scales are computed: the array's, but at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _project(qset: QuantizedSet, w: Array) -> Array:
+    return qset.place(w, qset.fit(w)).astype(w.dtype)
+
+
+@_project.defjvp
+def _project_jvp(
+    qset: QuantizedSet, primals: Sequence[Array], tangents: Sequence[Array]
+) -> tuple[Array, Array]:
+    """With the codes q locally constant, the scale is ⟨q, w⟩/⟨q, q⟩, linear in w."""
+    (w,), (tangent,) = primals, tangents
+    fit = qset.fit(w)
+    groups = qset.granularity.groups(w.shape)
+    q = qset._at_unit_scale(w, fit).reshape(groups.view)
+    along = jnp.sum(q * tangent.astype(q.dtype).reshape(groups.view), axis=groups.axes, keepdims=True)
+    norm = jnp.sum(jnp.square(q), axis=groups.axes, keepdims=True)
+    derivative = q * (along / jnp.where(norm > 0, norm, 1))
+    return qset.place(w, fit).astype(w.dtype), derivative.reshape(w.shape).astype(w.dtype)

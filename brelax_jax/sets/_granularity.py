@@ -1,0 +1,150 @@
+"""Which weights share a scale.
+
+A granularity says how an array splits into scale groups. Everything else works on a *view* of the array in which a
+group is all entries along `axes`; a scale then has size one along those axes and broadcasts. Tensors, channels and
+blocks differ in this file only.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Groups(NamedTuple):
+    """How one array shape splits into scale groups.
+
+    Attributes:
+      view: the shape to which the array is reshaped (the array's own, unless it is cut into blocks).
+      axes: the axes of `view` along which the entries of one group lie.
+      scale: the shape of the scales: the array's rank, one entry per group.
+    """
+
+    view: tuple[int, ...]
+    axes: tuple[int, ...]
+    scale: tuple[int, ...]
+
+    @property
+    def scale_view(self) -> tuple[int, ...]:
+        """The shape in which a scale broadcasts against the view."""
+        return tuple(1 if axis in self.axes else size for axis, size in enumerate(self.view))
+
+    @property
+    def size(self) -> int:
+        """Entries in one group."""
+        return math.prod(self.view[axis] for axis in self.axes)
+
+
+class Granularity(Protocol):
+    """Which weights share a scale: `PerTensor`, `PerChannel` or `PerBlock`."""
+
+    def groups(self, shape: Sequence[int]) -> Groups:
+        """The scale groups of an array of this shape.
+
+        Raises:
+          ValueError: if this granularity does not fit the shape.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole array.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.Binary(granularity=brx.PerTensor()).quantize(jnp.ones((3, 4))).scale.shape
+    (1, 1)
+    """
+
+    def groups(self, shape: Sequence[int]) -> Groups:
+        """See `Granularity.groups`."""
+        return Groups(tuple(shape), tuple(range(len(shape))), (1,) * len(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index of `axis`, an axis or a tuple of axes.
+
+    Flax keeps output channels last, so the default gives each output channel of a dense or convolution kernel its
+    own scale.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.Binary(granularity=brx.PerChannel()).quantize(jnp.ones((3, 3, 16, 32))).scale.shape
+    (1, 1, 1, 32)
+
+    Raises:
+      ValueError: if `axis` is neither an integer nor a tuple of integers; on use, if an axis is out of range or named
+        twice.
+    """
+
+    axis: int | tuple[int, ...] = -1
+
+    def __post_init__(self) -> None:
+        axes = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
+        checked = tuple(_integer(axis, "axis") for axis in axes)
+        object.__setattr__(self, "axis", checked if isinstance(self.axis, Sequence) else checked[0])
+
+    def groups(self, shape: Sequence[int]) -> Groups:
+        """See `Granularity.groups`."""
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        kept = [_axis_in(axis, shape, self) for axis in axes]
+        if len(set(kept)) < len(kept):
+            raise ValueError(f"{self} names an axis of shape {tuple(shape)} twice; name each once.")
+        scale = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+        reduced = tuple(axis for axis in range(len(shape)) if axis not in kept)
+        return Groups(tuple(shape), reduced, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerBlock:
+    """One scale for each `size` consecutive entries along `axis`, for every index of the other axes.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.Binary(granularity=brx.PerBlock(64, axis=0)).quantize(jnp.ones((256, 10))).scale.shape
+    (4, 10)
+
+    Raises:
+      ValueError: if `size` is not a positive integer or `axis` not an integer; on use, if `axis` is out of range or `size` does not divide it.
+    """
+
+    size: int
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _integer(self.size, "size"))
+        object.__setattr__(self, "axis", _integer(self.axis, "axis"))
+        if self.size < 1:
+            raise ValueError(f"size must be a positive number of entries, got {self.size}.")
+
+    def groups(self, shape: Sequence[int]) -> Groups:
+        """See `Granularity.groups`."""
+        axis = _axis_in(self.axis, shape, self)
+        blocks, rest = divmod(shape[axis], self.size)
+        if rest:
+            raise ValueError(
+                f"{self} does not divide axis {axis} of shape {tuple(shape)}: {rest} of its {shape[axis]} entries "
+                "would be left over. Choose a size that divides it, or PerChannel for such leaves."
+            )
+        before, after = tuple(shape[:axis]), tuple(shape[axis + 1 :])
+        return Groups((*before, blocks, self.size, *after), (axis + 1,), (*before, blocks, *after))
+
+
+def _integer(value: object, name: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}.") from None
+
+
+def _axis_in(axis: int, shape: Sequence[int], granularity: object) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"{granularity}: axis {axis} is out of range for shape {tuple(shape)}; "
+            f"an array of rank {len(shape)} takes axes from {-len(shape)} to {len(shape) - 1}."
+            if shape
+            else f"{granularity}: axis {axis} is out of range, because the array is a scalar; use PerTensor."
+        )
+    return axis % len(shape)

@@ -1,0 +1,194 @@
+"""The quantized sets. They differ in their levels, and one of them in its rule for the scale."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from brelax_jax.sets._base import Fit, QuantizedSet
+
+MOST_LEVELS = 255  # codes are int8
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary(QuantizedSet):
+    """{±s}: one bit. The optimal scale is the mean of |w|; zero projects to +s.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.Binary().project(jnp.array([0.5, -1.0, 0.0, 2.5]))
+    Array([ 1., -1.,  1.,  1.], dtype=float32)
+
+    References:
+      Rastegari et al., XNOR-Net, 2016 (arXiv 1603.05279), eq. 6.
+    """
+
+    def __post_init__(self) -> None:
+        self._state(levels=(-1.0, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ternary(QuantizedSet):
+    """{0, ±s}: log2(3) bits. With S_k the sum of the k largest |w|, s = S_k/k for the k that maximizes S_k²/k.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.Ternary().project(jnp.array([0.1, -1.0, 3.0, 2.0]))
+    Array([0. , 0. , 2.5, 2.5], dtype=float32)
+
+    References:
+      Yin et al., Quantization and Training of Low Bit-Width Convolutional Neural Networks, 2016
+      (arXiv 1612.06052), theorem 1.
+    """
+
+    def __post_init__(self) -> None:
+        self._state(levels=(-1.0, 0.0, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class TernaryThreshold(QuantizedSet):
+    """{0, ±s} by the rule of ternary weight networks: nonzero where |w| > factor·mean |w|, s the mean of |w| there.
+
+    Cheaper than `Ternary` and close to it for normal weights; not the nearest point of the set.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.TernaryThreshold().project(jnp.array([0.1, -1.0, 3.0, 2.0]))
+    Array([ 0. ,  0. ,  2.5,  2.5], dtype=float32)
+
+    Attributes:
+      factor: the threshold in units of mean |w|, positive.
+
+    Raises:
+      ValueError: if `factor` is not a positive finite number.
+
+    References:
+      Li, Liu et al., Ternary Weight Networks, 2016 (arXiv 1605.04711), eq. 5 and 6.
+    """
+
+    factor: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and math.isfinite(self.factor)):
+            raise ValueError(f"factor must be a positive finite number (0.7 is customary), got {self.factor!r}.")
+        self._state(levels=(-1.0, 0.0, 1.0))
+
+    def fit_groups(self, a: Array, axes: tuple[int, ...]) -> Fit:
+        """See `QuantizedSet.fit_groups`."""
+        share = 1 / math.prod(a.shape[axis] for axis in axes)
+        cut = self.factor * jnp.sum(a * share, axis=axes, keepdims=True)
+        above = (a > cut).astype(a.dtype)
+        share_above = jnp.sum(above * share, axis=axes, keepdims=True)
+        scale = jnp.sum(a * above * share, axis=axes, keepdims=True) / jnp.where(share_above > 0, share_above, 1)
+        finite = jnp.isfinite(cut)
+        return Fit(jnp.where(finite, scale, jnp.nan), jnp.where(finite, cut, jnp.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(QuantizedSet):
+    """s·{0, ±1, …, ±(2^(bits−1) − 1)}: evenly spaced levels.
+
+    >>> import brelax_jax as brx
+    >>> brx.Uniform(3).levels
+    (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
+
+    Attributes:
+      bits: from 2 (the ternary set) to 8.
+
+    Raises:
+      ValueError: if `bits` is not an integer, or out of range.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        bits = _bits(self.bits, most=8, name="Uniform")
+        self._state(bits=bits, levels=_mirrored(range(2 ** (bits - 1))))
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerOfTwo(QuantizedSet):
+    """s·{0, ±1, ±2, ±4, …}: 2^(bits−2) magnitudes besides 0, so that products are shifts. The scale is free.
+
+    >>> import brelax_jax as brx
+    >>> brx.PowerOfTwo(3).levels
+    (-2.0, -1.0, 0.0, 1.0, 2.0)
+
+    Attributes:
+      bits: from 2 (the ternary set) to 5.
+
+    Raises:
+      ValueError: if `bits` is not an integer, or out of range.
+
+    References:
+      Yin et al., Quantization and Training of Low Bit-Width Convolutional Neural Networks, 2016 (arXiv 1612.06052).
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        bits = _bits(self.bits, most=5, name="PowerOfTwo")
+        self._state(bits=bits, levels=_mirrored([0, *(2**k for k in range(2 ** (bits - 2)))]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledLevels(QuantizedSet):
+    """s·L for any symmetric set of levels L.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp
+    >>> brx.ScaledLevels((-3, -1, 1, 3)).project(jnp.array([1.0, -0.5, 0.4, 1.1])).round(2)
+    Array([ 1.05, -0.35,  0.35,  1.05], dtype=float32)
+
+    Attributes:
+      levels: ascending and symmetric about zero, at most 255.
+
+    Raises:
+      ValueError: if the levels are not finite real numbers, ascending, symmetric, without repeats, one of them positive.
+    """
+
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        self._state(levels=_symmetric(self.levels))
+
+
+def _mirrored(magnitudes: Iterable[float]) -> tuple[float, ...]:
+    """The levels ±m for these magnitudes, ascending."""
+    return tuple(sorted({sign * float(m) + 0.0 for m in magnitudes for sign in (-1, 1)}))
+
+
+def _bits(bits: object, most: int, name: str) -> int:
+    try:
+        if isinstance(bits, bool):
+            raise TypeError
+        bits = operator.index(bits)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(f"bits must be an integer from 2 to {most} for {name}, got {bits!r}.") from None
+    if not 2 <= bits <= most:
+        hint = "; for one bit use Binary()" if bits == 1 else ""
+        raise ValueError(f"bits must be from 2 to {most} for {name}, got {bits}{hint}.")
+    return bits
+
+
+def _symmetric(levels: Sequence[float]) -> tuple[float, ...]:
+    try:
+        checked = tuple(float(level) + 0.0 for level in levels)  # + 0.0 makes -0.0 a plain 0
+    except (TypeError, ValueError):
+        raise ValueError(f"levels must be a sequence of real numbers, got {levels!r}.") from None
+
+    def refuse(fault: str) -> ValueError:
+        return ValueError(f"levels {fault}, got {levels!r}; give them as in (-3, -1, 1, 3).")
+
+    if not all(map(math.isfinite, checked)):
+        raise refuse("must be finite")
+    if not any(level > 0 for level in checked):
+        raise refuse("must include a positive one")
+    if len(set(checked)) < len(checked):
+        raise refuse("must not repeat")
+    if list(checked) != sorted(checked):
+        raise refuse("must ascend")
+    if any(-level not in checked for level in checked):
+        raise refuse("must be symmetric about zero")
+    if len(checked) > MOST_LEVELS:
+        raise ValueError(f"levels must be at most {MOST_LEVELS}, because codes are int8, got {len(checked)}.")
+    return checked

@@ -1,0 +1,73 @@
+"""From words to brelax_jax: the sets, which layer gets which, and the optimizer."""
+
+import math
+
+import brelax_jax as brx
+import optax
+
+from examples.config import Config
+
+SETS = "binary, ternary, ternary-threshold, uniform2..uniform8, power2..power5, levels:-3,-1,1,3"
+GRANULARITIES = "tensor, channel, channel:AXIS, block:SIZE, block:SIZE:AXIS"
+
+
+def parse_granularity(word: str) -> brx.PerTensor | brx.PerChannel | brx.PerBlock:
+    """`tensor`, `channel[:AXIS]` or `block:SIZE[:AXIS]`."""
+    kind, *numbers = word.split(":")
+    try:
+        match kind, [int(number) for number in numbers]:
+            case "tensor", []:
+                return brx.PerTensor()
+            case "channel", [*axis] if len(axis) < 2:
+                return brx.PerChannel(*axis)
+            case "block", [size, *axis] if len(axis) < 2:
+                return brx.PerBlock(size, *axis)
+    except ValueError as error:
+        raise ValueError(f"Granularity {word!r}: {error}. Known: {GRANULARITIES}.") from None
+    raise ValueError(f"Unknown granularity {word!r}. Known: {GRANULARITIES}.")
+
+
+def parse_set(word: str, granularity: str = "tensor") -> brx.QuantizedSet:
+    """A set from its word, such as `ternary`, `uniform4`, `power3` or `levels:-3,-1,1,3`."""
+    groups = parse_granularity(granularity)
+    plain = {"binary": brx.Binary, "ternary": brx.Ternary, "ternary-threshold": brx.TernaryThreshold}
+    if word in plain:
+        return plain[word](granularity=groups)
+    try:
+        if word.startswith("levels:"):
+            levels = tuple(float(level) for level in word.removeprefix("levels:").split(","))
+            return brx.ScaledLevels(levels, granularity=groups)
+        for prefix, of_bits in (("uniform", brx.Uniform), ("power", brx.PowerOfTwo)):
+            if word.startswith(prefix):
+                return of_bits(int(word.removeprefix(prefix)), granularity=groups)
+    except ValueError as error:
+        raise ValueError(f"Set {word!r}: {error} Known: {SETS}.") from None
+    raise ValueError(f"Unknown set {word!r}. Known: {SETS}.")
+
+
+def layer_sets(config: Config) -> brx.Selection:
+    """Which layer lands on which set: every model here names its first layer `stem` and its last `head`."""
+    middle = parse_set(config.set, config.granularity)
+
+    def of(word: str) -> brx.QuantizedSet | None:
+        if word in ("same", "float"):
+            return middle if word == "same" else None
+        return parse_set(word, config.granularity)
+
+    return brx.select(
+        (r"^stem/kernel$", of(config.first)), (r"^head/kernel$", of(config.last)), default=middle
+    )
+
+
+def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate by step: cosine or drops, and at most `hard_lr` in phase II."""
+    if config.lr_schedule == "cosine":
+        plain = optax.cosine_decay_schedule(config.lr, config.epochs * steps_per_epoch)
+    else:
+        drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.lr_drops}
+        plain = optax.piecewise_constant_schedule(config.lr, drops)
+    if config.hard_lr is None:
+        return plain
+    hard_lr, hard_step = config.hard_lr, round(config.hard_epoch * steps_per_epoch)
+    capped = lambda count: optax.tree.clip(plain(count), max_value=hard_lr)  # noqa: E731
+    return lambda count: jnp.where(count < hard_step, plain(count), capped(count))
