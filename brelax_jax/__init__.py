@@ -1,7 +1,7 @@
 """BinaryRelax for Optax: train networks whose weights end up exactly on quantized sets.
 
-Data flows one way: which leaves (`select`) → where they must land (the sets) → how hard they are pulled (`relax`, the
-continuation schedules) → the Optax face (`binary_relax`).
+Data flows one way: which leaves (`select`) → where they must land (the sets) → how hard they are
+pulled (`relax`, the continuation schedules) → the Optax face (`binary_relax`).
 """
 
 from brelax_jax._envelope import distance as distance

@@ -1,4 +1,4 @@
-"""How hard weights are pulled: the distance to a set, its Moreau envelope, and the relaxation step."""
+"""How hard weights are pulled: the distance to a set, its Moreau envelope, its proximal map."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ def blend(y: Array, projection: Array, alpha: ArrayLike) -> Array:
 def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     """min over u ∈ Q of ‖u − w‖₂, over all scale groups together.
 
-    Residuals within rounding of w's dtype count as zero, so that a point on Q has distance 0. Differentiable almost
-    everywhere, and on Q, where the gradient is 0.
+    Residuals within rounding of w's dtype count as zero, so that a point on Q has distance 0.
+    Differentiable almost everywhere, and on Q, where the gradient is 0.
 
     Args:
       w: floating array of any shape.
@@ -50,7 +50,8 @@ def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
 def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     """min over u of λ/2·‖u − w‖² + indicator of Q(u), which is λ/2·distance(w, Q)².
 
-    Its gradient is λ·(w − proj_Q(w)) almost everywhere. At λ = ∞ it is the indicator itself: 0 on Q, else ∞.
+    Its gradient is λ·(w − proj_Q(w)) almost everywhere. At λ = ∞ it is the indicator itself: 0 on
+    Q, else ∞.
 
     Args:
       w: floating array of any shape.
@@ -113,4 +114,6 @@ def _residual(w: ArrayLike, qset: QuantizedSet) -> Array:
     compute = compute_dtype(w.dtype)
     residual = w.astype(compute) - projection.astype(compute)
     rounding = jnp.finfo(w.dtype).eps + 8 * jnp.finfo(compute).eps
-    return jnp.where(jnp.abs(residual) <= float(rounding) * jnp.abs(w), jnp.zeros_like(residual), residual)
+    return jnp.where(
+        jnp.abs(residual) <= float(rounding) * jnp.abs(w), jnp.zeros_like(residual), residual
+    )

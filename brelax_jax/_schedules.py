@@ -36,7 +36,9 @@ def geometric_continuation(
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), algorithm 1.
     """
     if not init_value > 0:
-        raise ValueError(f"init_value must be positive, because growth cannot leave 0, got {init_value!r}.")
+        raise ValueError(
+            f"init_value must be positive, because growth cannot leave 0, got {init_value!r}."
+        )
     if not growth >= 1:
         raise ValueError(f"growth must be at least 1, so that λ does not fall, got {growth!r}.")
     if not every >= 1:
@@ -49,7 +51,8 @@ def geometric_continuation(
 
 
 def linear_continuation(steps: int) -> Callable[[ArrayLike], Array]:
-    """λ(count) such that the strength α = λ/(λ + 1) rises linearly from 0 to 1 in `steps` steps, and stays at 1.
+    """λ(count) such that the strength α = λ/(λ + 1) rises linearly from 0 to 1 in `steps` steps,
+    and stays at 1.
 
     Args:
       steps: at least 1.

@@ -1,4 +1,4 @@
-"""What every quantized set is: levels, a granularity, a rule for the scale, and the projection that follows."""
+"""What every quantized set is: levels, a granularity, a scale, and the projection they make."""
 
 import dataclasses
 import functools
@@ -20,7 +20,8 @@ class Fit(NamedTuple):
 
     Attributes:
       scale: one entry per group, of the array's rank, at least float32.
-      cut: for sets that do not round to the nearest level, where |w| leaves zero; as `scale`, else None.
+      cut: for sets that do not round to the nearest level, where |w| leaves zero; as `scale`, else
+        None.
     """
 
     scale: Array
@@ -31,8 +32,8 @@ class Fit(NamedTuple):
 class QuantizedSet:
     """Q = { s·q : s ≥ 0, q ∈ Lⁿ } for each scale group, with a symmetric level set L.
 
-    The sets of this library derive from it. A new one states its `levels`; only if its scale is not to be the
-    least-squares one does it need a `fit_groups` of its own.
+    The sets of this library derive from it. A new one states its `levels`; only if its scale is not
+    to be the least-squares one does it need a `fit_groups` of its own.
 
     Attributes:
       granularity: which weights share a scale s.
@@ -55,7 +56,8 @@ class QuantizedSet:
     def project(self, w: ArrayLike) -> Array:
         """argmin over u ∈ Q of ‖u − w‖².
 
-        Differentiable almost everywhere, by the projection's own derivative: q·⟨q, ·⟩/⟨q, q⟩ in each group.
+        Differentiable almost everywhere, by the projection's own derivative: q·⟨q, ·⟩/⟨q, q⟩ in
+        each group.
 
         Args:
           w: floating array of any shape.
@@ -70,7 +72,8 @@ class QuantizedSet:
         return _project(self, self._checked(w))
 
     def quantize(self, w: ArrayLike) -> Quantized:
-        """The projection as integer codes and scales; `quantize(w).dequantize()` is `project(w)`, bit for bit.
+        """The projection as integer codes and scales; `quantize(w).dequantize()` is `project(w)`,
+        bit for bit.
 
         Args:
           w: floating array of any shape.
@@ -92,15 +95,15 @@ class QuantizedSet:
         groups = self.granularity.groups(w.shape)
         if w.size == 0:
             return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
-        a = jnp.abs(w.astype(compute_dtype(w.dtype))).reshape(groups.view)
-        return jax.tree.map(lambda x: x.reshape(groups.scale), self.fit_groups(a, groups.axes))
+        view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
+        return jax.tree.map(lambda x: x.reshape(groups.scale), self.fit_groups(view, groups.axes))
 
-    def fit_groups(self, a: Array, axes: tuple[int, ...]) -> Fit:
-        """As `fit`, for magnitudes a = |w| in a view in which a group lies along `axes`."""
-        return Fit(least_squares_scale(a, self.magnitudes, axes))
+    def fit_groups(self, w: Array, axes: tuple[int, ...]) -> Fit:
+        """As `fit`, in a view in which a group lies along `axes`."""
+        return Fit(least_squares_scale(w, self.magnitudes, axes))
 
     def codes(self, w: Array, fit: Fit) -> Array:
-        """Signed indices into the magnitudes, for w placed by `fit`: floats of the scale's dtype, of w's shape."""
+        """Signed indices into the magnitudes, for w placed by `fit`; floats of w's shape."""
         view, scale, cut = self._views(w, fit)
         a = jnp.abs(view)
         index = level_index(a, scale, self.magnitudes) if cut is None else (a > cut).astype(a.dtype)
@@ -126,12 +129,18 @@ class QuantizedSet:
         """w in the scale's dtype, the scale and the cut, in the view in which they broadcast."""
         groups: Groups = self.granularity.groups(w.shape)
         cut = None if fit.cut is None else fit.cut.reshape(groups.scale_view)
-        return w.astype(fit.scale.dtype).reshape(groups.view), fit.scale.reshape(groups.scale_view), cut
+        return (
+            w.astype(fit.scale.dtype).reshape(groups.view),
+            fit.scale.reshape(groups.scale_view),
+            cut,
+        )
 
     def _checked(self, w: ArrayLike) -> Array:
         w = jnp.asarray(w)
         if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise TypeError(f"w must be of a floating dtype, got {w.dtype}; convert it, for example to float32.")
+            raise TypeError(
+                f"w must be of a floating dtype, got {w.dtype}; convert it, for example to float32."
+            )
         self.granularity.groups(w.shape)
         return w
 
@@ -155,7 +164,9 @@ def _project_jvp(
     fit = qset.fit(w)
     groups = qset.granularity.groups(w.shape)
     q = qset._at_unit_scale(w, fit).reshape(groups.view)
-    along = jnp.sum(q * tangent.astype(q.dtype).reshape(groups.view), axis=groups.axes, keepdims=True)
+    along = jnp.sum(
+        q * tangent.astype(q.dtype).reshape(groups.view), axis=groups.axes, keepdims=True
+    )
     norm = jnp.sum(jnp.square(q), axis=groups.axes, keepdims=True)
     derivative = q * (along / jnp.where(norm > 0, norm, 1))
     return qset.place(w, fit).astype(w.dtype), derivative.reshape(w.shape).astype(w.dtype)

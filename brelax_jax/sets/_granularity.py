@@ -1,8 +1,8 @@
 """Which weights share a scale.
 
-A granularity says how an array splits into scale groups. Everything else works on a *view* of the array in which a
-group is all entries along `axes`; a scale then has size one along those axes and broadcasts. Tensors, channels and
-blocks differ in this file only.
+A granularity says how an array splits into scale groups. Everything else works on a *view* of the
+array in which a group is all entries along `axes`; a scale then has size one along those axes and
+broadcasts. Tensors, channels and blocks differ in this file only.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ class Groups(NamedTuple):
     """How one array shape splits into scale groups.
 
     Attributes:
-      view: the shape to which the array is reshaped (the array's own, unless it is cut into blocks).
+      view: the shape to which the array is reshaped (the array's own, unless it is cut into
+        blocks).
       axes: the axes of `view` along which the entries of one group lie.
       scale: the shape of the scales: the array's rank, one entry per group.
     """
@@ -66,16 +67,16 @@ class PerTensor:
 class PerChannel:
     """One scale for each index of `axis`, an axis or a tuple of axes.
 
-    Flax keeps output channels last, so the default gives each output channel of a dense or convolution kernel its
-    own scale.
+    Flax keeps output channels last, so the default gives each output channel of a dense or
+    convolution kernel its own scale.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Binary(granularity=brx.PerChannel()).quantize(jnp.ones((3, 3, 16, 32))).scale.shape
     (1, 1, 1, 32)
 
     Raises:
-      ValueError: if `axis` is neither an integer nor a tuple of integers; on use, if an axis is out of range or named
-        twice.
+      ValueError: if `axis` is neither an integer nor a tuple of integers; on use, if an axis is out
+        of range or named twice.
     """
 
     axis: int | tuple[int, ...] = -1
@@ -98,14 +99,16 @@ class PerChannel:
 
 @dataclasses.dataclass(frozen=True)
 class PerBlock:
-    """One scale for each `size` consecutive entries along `axis`, for every index of the other axes.
+    """One scale for each `size` consecutive entries along `axis`, for every index of the other
+    axes.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Binary(granularity=brx.PerBlock(64, axis=0)).quantize(jnp.ones((256, 10))).scale.shape
     (4, 10)
 
     Raises:
-      ValueError: if `size` is not a positive integer or `axis` not an integer; on use, if `axis` is out of range or `size` does not divide it.
+      ValueError: if `size` is not a positive integer or `axis` not an integer; on use, if `axis` is
+        out of range or `size` does not divide it.
     """
 
     size: int
@@ -123,8 +126,9 @@ class PerBlock:
         blocks, rest = divmod(shape[axis], self.size)
         if rest:
             raise ValueError(
-                f"{self} does not divide axis {axis} of shape {tuple(shape)}: {rest} of its {shape[axis]} entries "
-                "would be left over. Choose a size that divides it, or PerChannel for such leaves."
+                f"{self} does not divide axis {axis} of shape {tuple(shape)}: {rest} of its "
+                f"{shape[axis]} entries would be left over. Choose a size that divides it, or "
+                "PerChannel for such leaves."
             )
         before, after = tuple(shape[:axis]), tuple(shape[axis + 1 :])
         return Groups((*before, blocks, self.size, *after), (axis + 1,), (*before, blocks, *after))
@@ -142,9 +146,9 @@ def _integer(value: object, name: str) -> int:
 def _axis_in(axis: int, shape: Sequence[int], granularity: object) -> int:
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
-            f"{granularity}: axis {axis} is out of range for shape {tuple(shape)}; "
-            f"an array of rank {len(shape)} takes axes from {-len(shape)} to {len(shape) - 1}."
+            f"{granularity}: axis {axis} is out of range for shape {tuple(shape)}; give an axis from "
+            f"{-len(shape)} to {len(shape) - 1}, or use PerTensor."
             if shape
-            else f"{granularity}: axis {axis} is out of range, because the array is a scalar; use PerTensor."
+            else f"{granularity}: axis {axis} is out of range for a scalar; use PerTensor."
         )
     return axis % len(shape)

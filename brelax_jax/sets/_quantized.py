@@ -12,7 +12,9 @@ from brelax_jax.sets._search import at_index
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["magnitudes", "dtype"]
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scale"],
+    meta_fields=["magnitudes", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -29,9 +31,10 @@ class Quantized:
 
     Attributes:
       codes: int8, of the weight's shape.
-      scale: at least float32, of the weight's rank: one entry per group (size 1 along the axes that a group spans,
-        n/size along a block axis).
-      magnitudes: the nonnegative levels, ascending from 0 (which a set without the level 0 lists, but never uses).
+      scale: at least float32, of the weight's rank: one entry per group (size 1 along the axes that
+        a group spans, n/size along a block axis).
+      magnitudes: the nonnegative levels, ascending from 0 (which a set without the level 0 lists,
+        but never uses).
       dtype: the weight's dtype.
     """
 
@@ -44,7 +47,9 @@ class Quantized:
         """The weights, of the codes' shape and of `dtype`; bit for bit what `project` returns."""
         codes = self.codes.astype(self.scale.dtype)
         magnitude = at_index(jnp.abs(codes), self.magnitudes)
-        return (jnp.where(codes < 0, -magnitude, magnitude) * self._expanded_scale()).astype(self.dtype)
+        return (jnp.where(codes < 0, -magnitude, magnitude) * self._expanded_scale()).astype(
+            self.dtype
+        )
 
     def _expanded_scale(self) -> Array:
         """The scale, repeated along a block axis so that it broadcasts against the codes."""

@@ -1,16 +1,18 @@
 """The search for the scale: the global minimizer of the squared error over s.
 
-For magnitudes 0 ≤ m₁ < … < m_K and a = |w| let E(s) = Σᵢ min_l (aᵢ − s·m_l)². E has many local minima, so descending
-from a start (alternating minimization, "Lloyd") is not enough. But
+For magnitudes 0 ≤ m₁ < … < m_K and a = |w| let E(s) = Σᵢ min_l (aᵢ − s·m_l)². E has many local
+minima, so descending from a start (alternating minimization, "Lloyd") is not enough. But
 
     h(s) = (Σ a² − E(s)) / s = Σᵢ max_l (2·aᵢ·m_l − s·m_l²)
 
-is a sum of maxima of lines, hence convex. Between two scales at which E is known, h lies below its chord, which gives
-a lower bound of E on the interval in closed form, tight to second order in the width. Best-first branch and bound on
-that bound needs one reduction over the weights for each evaluation of E, no sort, and ends with a certificate: no scale
-anywhere has an error below the best one found by more than `TOLERANCE`, relative.
+is a sum of maxima of lines, hence convex. Between two scales at which E is known, h lies below its
+chord, which gives a lower bound of E on the interval in closed form, tight to second order in the
+width. Best-first branch and bound on that bound needs one reduction over the weights for each
+evaluation of E, no sort, and ends with a certificate: no scale anywhere has an error below the best
+one found by more than `TOLERANCE`, relative.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,7 +42,7 @@ def level_index(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
         nearest = jnp.round(a / jnp.where(scale > 0, scale, 1))
         return jnp.minimum(nearest, float(len(magnitudes) - 1))
     index = jnp.zeros_like(a)
-    for lower, upper in zip(magnitudes, magnitudes[1:], strict=False):
+    for lower, upper in itertools.pairwise(magnitudes):
         index += (a > scale * ((lower + upper) / 2)).astype(a.dtype)
     return index
 
@@ -55,20 +57,22 @@ def at_index(index: Array, magnitudes: Sequence[float]) -> Array:
     return values
 
 
-def least_squares_scale(a: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
-    """argmin over s ≥ 0 of Σ min_l (a − s·m_l)², for each group along `axes`.
+def least_squares_scale(w: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
+    """argmin over s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group along `axes`.
 
     Args:
-      a: nonnegative floats, at least float32.
+      w: floats, at least float32.
       magnitudes: ascending and nonnegative, the last one positive.
-      axes: the axes of `a` that form a group.
+      axes: the axes of `w` that form a group.
 
     Returns:
-      Scales of a's dtype, of size one along `axes`: 0 for groups of zeros, NaN for groups that hold one or an infinity.
+      Scales of w's dtype, of size one along `axes`: 0 for groups of zeros, NaN for groups that hold
+      one or an infinity.
     """
     if len(magnitudes) == 1:
-        scale = _mean(a, axes) / magnitudes[0]
+        scale = mean_magnitude(w, axes) / magnitudes[0]
     else:
+        a = jnp.abs(w)
         peak = jnp.max(a, axis=axes, keepdims=True)
         unit = jnp.where(peak > 0, peak, 1)
         scale = unit * _branch_and_bound(a / unit, magnitudes, axes)
@@ -77,7 +81,7 @@ def least_squares_scale(a: Array, magnitudes: Sequence[float], axes: tuple[int, 
 
 
 class _Intervals(NamedTuple):
-    """Intervals of s, with the error at both ends; the first axis counts them, the others are the groups."""
+    """Intervals of s and the error at their ends; the first axis counts them, then the groups."""
 
     low: Array
     high: Array
@@ -102,7 +106,9 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
 
     energy = jnp.sum(jnp.square(a), axis=axes, keepdims=True)
     # Outside [low, high] every entry has the largest magnitude, or E falls toward the interval.
-    low = jnp.maximum(_mean(a, axes), jnp.finfo(a.dtype).tiny) / magnitudes[-1]
+    low = (
+        jnp.maximum(jnp.mean(a, axis=axes, keepdims=True), jnp.finfo(a.dtype).tiny) / magnitudes[-1]
+    )
     high = jnp.ones_like(low) / next(m for m in magnitudes if m > 0)
     steps = jnp.arange(INTERVALS + 1, dtype=a.dtype).reshape(-1, *([1] * a.ndim)) / INTERVALS
     nodes = jnp.exp(jnp.log(low) * (1 - steps) + jnp.log(high) * steps)
@@ -113,7 +119,10 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
 
     # A slot that is free holds an interval of infinite error, whose bound is never the least.
     intervals = _Intervals(
-        padded(nodes[:-1], 1.0), padded(nodes[1:], 1.0), padded(errors[:-1], jnp.inf), padded(errors[1:], jnp.inf)
+        padded(nodes[:-1], 1.0),
+        padded(nodes[1:], 1.0),
+        padded(errors[:-1], jnp.inf),
+        padded(errors[1:], jnp.inf),
     )
     first = jnp.argmin(errors, axis=0)
     start = _Search(intervals, _take(nodes, first), _take(errors, first), jnp.zeros((), jnp.int32))
@@ -166,7 +175,9 @@ def _bound(intervals: _Intervals, energy: Array) -> tuple[Array, Array]:
     e0, e1 = jnp.where(free, 0, low_error), jnp.where(free, 0, high_error)
     linear = e0 * (growth - 1) + e1 / ratio - slack
     square = (e1 / ratio - e0) * growth + slack
-    vertex = jnp.where(square > 0, -linear / jnp.where(square > 0, 2 * square, 1), jnp.where(e1 < e0, 1.0, 0.0))
+    vertex = jnp.where(
+        square > 0, -linear / jnp.where(square > 0, 2 * square, 1), jnp.where(e1 < e0, 1.0, 0.0)
+    )
     t = jnp.clip(vertex, 0, 1)
     bound = jnp.minimum(jnp.minimum(e0, e1), e0 + t * (linear + t * square))
     return jnp.where(free, jnp.inf, bound), low + (high - low) * jnp.clip(t, 0.1, 0.9)
@@ -180,10 +191,15 @@ def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
     return jax.tree.reduce(jnp.minimum, distances)
 
 
-def _mean(a: Array, axes: tuple[int, ...]) -> Array:
-    """A mean that does not overflow."""
-    size = math.prod(a.shape[axis] for axis in axes)
-    return jnp.sum(a * (1 / size), axis=axes, keepdims=True)
+def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
+    """The mean of |w| along `axes`, which stay; if the plain sum overflows, by a second pass."""
+    size = math.prod(w.shape[axis] for axis in axes)
+    total = jnp.sum(jnp.abs(w), axis=axes, keepdims=True)
+    return lax.cond(
+        jnp.all(jnp.isfinite(total)),
+        lambda: total / size,
+        lambda: jnp.sum(jnp.abs(w) / size, axis=axes, keepdims=True),
+    )
 
 
 def _take(x: Array, index: Array) -> Array:

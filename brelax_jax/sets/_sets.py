@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax.sets._base import Fit, QuantizedSet
+from brelax_jax.sets._search import mean_magnitude
 
 MOST_LEVELS = 255  # codes are int8
 
@@ -31,7 +32,8 @@ class Binary(QuantizedSet):
 
 @dataclasses.dataclass(frozen=True)
 class Ternary(QuantizedSet):
-    """{0, ±s}: log2(3) bits. With S_k the sum of the k largest |w|, s = S_k/k for the k that maximizes S_k²/k.
+    """{0, ±s}: log2(3) bits. With S_k the sum of the k largest |w|, s = S_k/k for the k that
+    maximizes S_k²/k.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Ternary().project(jnp.array([0.1, -1.0, 3.0, 2.0]))
@@ -48,13 +50,14 @@ class Ternary(QuantizedSet):
 
 @dataclasses.dataclass(frozen=True)
 class TernaryThreshold(QuantizedSet):
-    """{0, ±s} by the rule of ternary weight networks: nonzero where |w| > factor·mean |w|, s the mean of |w| there.
+    """{0, ±s} by the rule of ternary weight networks: nonzero where |w| > factor·mean |w|, s the
+    mean of |w| there.
 
     Cheaper than `Ternary` and close to it for normal weights; not the nearest point of the set.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.TernaryThreshold().project(jnp.array([0.1, -1.0, 3.0, 2.0]))
-    Array([ 0. ,  0. ,  2.5,  2.5], dtype=float32)
+    Array([0. , 0. , 2.5, 2.5], dtype=float32)
 
     Attributes:
       factor: the threshold in units of mean |w|, positive.
@@ -70,17 +73,19 @@ class TernaryThreshold(QuantizedSet):
 
     def __post_init__(self) -> None:
         if not (self.factor > 0 and math.isfinite(self.factor)):
-            raise ValueError(f"factor must be a positive finite number (0.7 is customary), got {self.factor!r}.")
+            raise ValueError(
+                f"factor must be a positive finite number (0.7 is customary), got {self.factor!r}."
+            )
         self._state(levels=(-1.0, 0.0, 1.0))
 
-    def fit_groups(self, a: Array, axes: tuple[int, ...]) -> Fit:
+    def fit_groups(self, w: Array, axes: tuple[int, ...]) -> Fit:
         """See `QuantizedSet.fit_groups`."""
-        share = 1 / math.prod(a.shape[axis] for axis in axes)
-        cut = self.factor * jnp.sum(a * share, axis=axes, keepdims=True)
-        above = (a > cut).astype(a.dtype)
-        share_above = jnp.sum(above * share, axis=axes, keepdims=True)
-        scale = jnp.sum(a * above * share, axis=axes, keepdims=True) / jnp.where(share_above > 0, share_above, 1)
-        finite = jnp.isfinite(cut)
+        mean = mean_magnitude(w, axes)
+        cut = self.factor * mean
+        above = jnp.abs(w) > cut
+        share = jnp.mean(above.astype(w.dtype), axis=axes, keepdims=True)
+        scale = mean_magnitude(jnp.where(above, w, 0), axes) / jnp.where(share > 0, share, 1)
+        finite = jnp.isfinite(mean)
         return Fit(jnp.where(finite, scale, jnp.nan), jnp.where(finite, cut, jnp.nan))
 
 
@@ -108,7 +113,8 @@ class Uniform(QuantizedSet):
 
 @dataclasses.dataclass(frozen=True)
 class PowerOfTwo(QuantizedSet):
-    """s·{0, ±1, ±2, ±4, …}: 2^(bits−2) magnitudes besides 0, so that products are shifts. The scale is free.
+    """s·{0, ±1, ±2, ±4, …}: 2^(bits−2) magnitudes besides 0, so that products are shifts. The scale
+    is free.
 
     >>> import brelax_jax as brx
     >>> brx.PowerOfTwo(3).levels
@@ -121,7 +127,8 @@ class PowerOfTwo(QuantizedSet):
       ValueError: if `bits` is not an integer, or out of range.
 
     References:
-      Yin et al., Quantization and Training of Low Bit-Width Convolutional Neural Networks, 2016 (arXiv 1612.06052).
+      Yin et al., Quantization and Training of Low Bit-Width Convolutional Neural Networks, 2016
+      (arXiv 1612.06052).
     """
 
     bits: int
@@ -136,14 +143,15 @@ class ScaledLevels(QuantizedSet):
     """s·L for any symmetric set of levels L.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
-    >>> brx.ScaledLevels((-3, -1, 1, 3)).project(jnp.array([1.0, -0.5, 0.4, 1.1])).round(2)
-    Array([ 1.05, -0.35,  0.35,  1.05], dtype=float32)
+    >>> brx.ScaledLevels((-3, -1, 1, 3)).project(jnp.array([1.5, -0.75, 0.25, 1.5]))
+    Array([ 1.5, -0.5,  0.5,  1.5], dtype=float32)
 
     Attributes:
       levels: ascending and symmetric about zero, at most 255.
 
     Raises:
-      ValueError: if the levels are not finite real numbers, ascending, symmetric, without repeats, one of them positive.
+      ValueError: if the levels are not finite real numbers, ascending, symmetric, without repeats,
+        one of them positive.
     """
 
     levels: tuple[float, ...]
@@ -163,7 +171,9 @@ def _bits(bits: object, most: int, name: str) -> int:
             raise TypeError
         bits = operator.index(bits)  # pyright: ignore[reportArgumentType]
     except TypeError:
-        raise ValueError(f"bits must be an integer from 2 to {most} for {name}, got {bits!r}.") from None
+        raise ValueError(
+            f"bits must be an integer from 2 to {most} for {name}, got {bits!r}."
+        ) from None
     if not 2 <= bits <= most:
         hint = "; for one bit use Binary()" if bits == 1 else ""
         raise ValueError(f"bits must be from 2 to {most} for {name}, got {bits}{hint}.")
@@ -190,5 +200,7 @@ def _symmetric(levels: Sequence[float]) -> tuple[float, ...]:
     if any(-level not in checked for level in checked):
         raise refuse("must be symmetric about zero")
     if len(checked) > MOST_LEVELS:
-        raise ValueError(f"levels must be at most {MOST_LEVELS}, because codes are int8, got {len(checked)}.")
+        raise ValueError(
+            f"levels must be at most {MOST_LEVELS}, because codes are int8, got {len(checked)}."
+        )
     return checked

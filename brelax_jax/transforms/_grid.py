@@ -1,17 +1,19 @@
 """Why `params` are quantized bit for bit although Optax adds updates to them.
 
-`optax.apply_updates` computes p + (w − p), with two roundings, and often lands one unit in the last place beside w. The
-sum is exact if p and w are multiples of one spacing, a power of two, and no larger than its multiples that the dtype
-holds. So near phase II and in it all emitted weights lie on a grid:
+`optax.apply_updates` computes p + (w − p), with two roundings, and often lands one unit in the last
+place beside w. The sum is exact if p and w are multiples of one spacing, a power of two, and no
+larger than its multiples that the dtype holds. So near phase II and in it all emitted weights lie
+on a grid:
 
-- The grid of a scale group follows from its scale alone: the largest level is below 2^top, and the spacing is
-  2^(top − digits + 1 + headroom), where the dtype's significand has `digits` bits. Then differences of two weights up to
-  2^headroom times the largest level are exact, and so are steps in which the scale grows or shrinks as much.
+- The grid of a scale group follows from its scale alone: the largest level is below 2^top, and the
+  spacing is 2^(top − digits + 1 + headroom), where the dtype's significand has `digits` bits. Then
+  differences of two weights up to 2^headroom times the largest level are exact, and so are steps in
+  which the scale grows or shrinks as much.
 - The stored scale is rounded to the grid, so that code × scale is on it.
-- The last `LEAD` updates of phase I round w to the grid and clip it to `reach`, far outside the levels. Where p + (w − p)
-  would miss w, because p is not on the grid yet, p itself is rounded to the grid: that is exact always, since the two are
-  within a factor of two of one another, and the next update reaches w. Two updates suffice; the others are for scales
-  that jump meanwhile.
+- The last `LEAD` updates of phase I round w to the grid and clip it to `reach`, far outside the
+  levels. Where p + (w − p) would miss w, because p is not on the grid yet, p itself is rounded to
+  the grid: that is exact always, since the two are within a factor of two of one another, and the
+  next update reaches w. Two updates suffice; the others are for scales that jump meanwhile.
 """
 
 import math
@@ -27,31 +29,45 @@ LEAD = 4
 
 
 class Grid(NamedTuple):
-    """The grid of each scale group; both fields have the scale's shape.
+    """The grid of each scale group; all fields have the scale's shape and are powers of two.
 
     Attributes:
-      spacing: a power of two.
-      reach: a power of two, at least the largest level.
+      spacing: the distance of neighbouring points.
+      density: its reciprocal.
+      reach: at least the largest level.
     """
 
     spacing: Array
+    density: Array
     reach: Array
 
     def round(self, w: Array) -> Array:
         """The nearest point of the grid."""
-        return jnp.round(w / self.spacing) * self.spacing
+        return jnp.round(w * self.density) * self.spacing
 
 
 def grid_of(scale: Array, qset: QuantizedSet, dtype: DTypeLike) -> Grid:
     """The grid for params of this dtype, for each entry of a scale."""
-    digits = jnp.finfo(dtype).nmant + 1
+    info = jnp.finfo(dtype)
+    digits = info.nmant + 1
     headroom = 4 if digits > 16 else 1
-    _, exponent = jnp.frexp(scale)
-    top = exponent + math.ceil(math.log2(qset.magnitudes[-1]))
+    top = 1 + math.ceil(math.log2(qset.magnitudes[-1]))
     # At least the scale's leading bit is kept: the 16-bit dtypes do not hold more for Uniform(8).
-    finest = jnp.minimum(top - (digits - 1 - headroom), exponent - 1)
-    one = jnp.ones_like(scale)
-    return Grid(jnp.maximum(jnp.ldexp(one, finest), _least(dtype)), jnp.ldexp(one, top + headroom // 2))
+    finest = min(top - (digits - 1 - headroom), 0)
+    unit = _leading_bit(scale)
+    spacing = jnp.maximum(unit * 2.0**finest, _least(dtype))
+    return Grid(spacing, 1 / spacing, unit * 2.0 ** (top + headroom // 2))
+
+
+def _leading_bit(x: Array) -> Array:
+    """The largest power of two that is at most x, for x > 0.
+
+    By a bit mask, because exp2 and log2 are inexact on some devices.
+    """
+    info = jnp.finfo(x.dtype)
+    integer = jnp.dtype(f"uint{info.bits}")
+    mask = ~jnp.array(2**info.nmant - 1, integer)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, integer) & mask, x.dtype)
 
 
 def round_fit(fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
@@ -60,7 +76,7 @@ def round_fit(fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
 
 
 def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Array:
-    """The quantized weights for float weights y and a rounded fit: exact in `dtype`, in the scale's dtype."""
+    """The quantized weights for float weights y and a rounded fit, exact in `dtype`."""
     w = qset.place(y, fit)
     if all(m.is_integer() for m in qset.magnitudes):
         return w
@@ -70,7 +86,8 @@ def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> A
 
 
 def landing_point(w: Array, p: Array, grid: Grid) -> Array:
-    """Where to send p so that it arrives exactly: at w on the grid, or, if p is too far off it, at p on the grid.
+    """Where to send p so that it arrives exactly: at w on the grid, or, if p is too far off it, at
+    p on the grid.
 
     Args:
       w: the weights wanted, at least float32.
@@ -89,6 +106,6 @@ def landing_point(w: Array, p: Array, grid: Grid) -> Array:
 
 
 def _least(dtype: DTypeLike) -> float:
-    """The finest spacing: float16 has subnormal numbers everywhere, the wider dtypes lose theirs on some devices."""
+    """The finest spacing: the wider dtypes, but not float16, lose subnormals on some devices."""
     info = jnp.finfo(dtype)
     return float(info.smallest_subnormal if info.nexp < 8 else info.tiny)

@@ -13,7 +13,7 @@ from brelax_jax._envelope import blend, strength_of
 from brelax_jax._select import Selection, as_selection, is_masked, map_with_path
 from brelax_jax.sets import Fit, QuantizedSet
 from brelax_jax.transforms._grid import LEAD, grid_of, landing_point, place_on_grid
-from brelax_jax.transforms._state import BinaryRelaxState, SetOf, check_same_params, fit_leaf
+from brelax_jax.transforms._state import BinaryRelaxState, check_same_params, fit_leaf
 
 
 def binary_relax(
@@ -25,34 +25,37 @@ def binary_relax(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that the params it trains end up exactly on quantized sets.
 
-    The base optimizer works on float weights y, kept in the state: its momentum, weight decay, trust ratios and clipping
-    all act on them. The params that the network computes with are
+    The base optimizer works on float weights y, kept in the state: its momentum, weight decay,
+    trust ratios and clipping all act on them. The params that the network computes with are
 
-        w = argmin over u of ½·‖u − y‖² + λ/2·dist(u, Q)² = (λ·proj_Q(y) + y)/(λ + 1)     before step `hard_from`
-        w = proj_Q(y)                                                                     from it on (phase II)
+        w = argmin over u of ½·‖u − y‖² + λ/2·dist(u, Q)²
+          = (λ·proj_Q(y) + y)/(λ + 1)                       before step `hard_from` (phase I)
+        w = proj_Q(y)                                       from it on (phase II)
 
-    In phase II every scale group of the params holds at most as many distinct values as the set has levels, bit for bit,
-    under plain `optax.apply_updates`, and equals `quantized_params`: from `hard_from` on if at least eight updates came
-    before it, else from the third such update. Exempt is a step in which the scale of a group jumps more than 16-fold
-    (twofold for 16-bit params). The 16-bit dtypes hold few scales for many levels: bfloat16 params on Uniform(8) get a
-    power of two.
+    In phase II every scale group of the params holds at most as many distinct values as the set has
+    levels, bit for bit, under plain `optax.apply_updates`, and equals `quantized_params`: from
+    `hard_from` on if at least eight updates came before it, else from the third such update. Exempt
+    is a step in which the scale of a group jumps more than 16-fold (twofold for 16-bit params). The
+    16-bit dtypes hold few scales for many levels: bfloat16 params on Uniform(8) get a power of two.
 
     Args:
       base: the optimizer. It sees the float weights as its `params`, and gradients in their dtype.
-      qset: one set for all kernels (floating leaves of rank 2 or more whose last name is not bias, scale or embedding),
-        or the rules of `select`.
-      lam: λ ≥ 0, or a schedule from the step count (0 at the first update) to λ. 0 is float training, ∞ phase II.
-      hard_from: the step count from which on the projection is exact; None for never. Set the learning rate of phase II
-        beside it: it should be small.
+      qset: one set for all kernels (floating leaves of rank 2 or more whose last name is not bias,
+        scale or embedding), or the rules of `select`.
+      lam: λ ≥ 0, or a schedule from the step count (0 at the first update) to λ. 0 is float
+        training, ∞ phase II.
+      hard_from: the step count from which on the projection is exact; None for never. Set the
+        learning rate of phase II beside it: it should be small.
       float_dtype: the least dtype of the float weights; wider params keep their own.
 
     Returns:
-      A transformation whose `update` needs `params` and forwards extra arguments to `base`. Edits to params between
-      updates are overwritten by the next one; see `with_float_params`.
+      A transformation whose `update` needs `params` and forwards extra arguments to `base`. Edits
+      to params between updates are overwritten by the next one; see `with_float_params`.
 
     Raises:
-      ValueError: if an argument is not of the kind described, or `lam` or `hard_from` negative; at `init`, if the rules do
-        not fit the params; at `update`, if `params` is missing or the state was made for other params.
+      ValueError: if an argument is not of the kind described, or `lam` or `hard_from` negative; at
+        `init`, if the rules do not fit the params; at `update`, if `params` is missing or the state
+        was made for other params.
 
     References:
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), algorithm 1.
@@ -74,7 +77,6 @@ def binary_relax(
     """
     _check_arguments(base, qset, lam, hard_from)
     selection = as_selection(qset)
-    set_of = jax.tree_util.Partial(SetOf(selection))
     base = optax.with_extra_args_support(base)
 
     def init(params: Any) -> BinaryRelaxState:
@@ -92,7 +94,7 @@ def binary_relax(
             fits=_fits(floats, params),
             count=jnp.zeros((), jnp.int32),
             lam=jnp.zeros((), jnp.float32),
-            set_of=set_of,
+            selection=selection,
         )
 
     def update(
@@ -100,7 +102,8 @@ def binary_relax(
     ) -> tuple[Any, BinaryRelaxState]:
         if params is None:
             raise ValueError(
-                "params is None, but this transformation needs the current params: update(grads, state, params)."
+                "params is None, but this transformation needs the current ones: "
+                "call update(grads, state, params)."
             )
         check_same_params(state, params)
         grads = _where_quantized(lambda y, g: g.astype(y.dtype), state.float_params, updates)
@@ -109,7 +112,9 @@ def binary_relax(
         )
         floats = jax.tree.map(
             lambda y, u: y if is_masked(y) else (y + u).astype(y.dtype),
-            state.float_params, base_updates, is_leaf=is_masked,
+            state.float_params,
+            base_updates,
+            is_leaf=is_masked,
         )
         fits = _fits(floats, params)
         now = jnp.asarray(lam(state.count) if callable(lam) else lam, jnp.float32)
@@ -121,16 +126,18 @@ def binary_relax(
         exact |= alpha == 1
 
         def step(path: str, p: Any, u: Any, y: Any, fit: Any) -> Any:
-            return u if is_masked(y) else _step(selection.set_of(path, p), p, y, fit, alpha, exact)
+            return (
+                u if is_masked(y) else _step(selection.the_set_of(path, p), p, y, fit, alpha, exact)
+            )
 
         new_updates = map_with_path(step, params, base_updates, floats, fits)
         return new_updates, BinaryRelaxState(
-            base_state, floats, fits, optax.safe_increment(state.count), now, set_of
+            base_state, floats, fits, optax.safe_increment(state.count), now, selection
         )
 
     def _fits(floats: Any, params: Any) -> Any:
         def fit(path: str, p: Any, y: Any) -> Any:
-            return y if is_masked(y) else fit_leaf(selection.set_of(path, p), y, p)
+            return y if is_masked(y) else fit_leaf(selection.the_set_of(path, p), y, p)
 
         return map_with_path(fit, params, floats)
 
@@ -145,8 +152,8 @@ def relax_params(
 ) -> optax.GradientTransformationExtraArgs:
     """`binary_relax` as the last link of `optax.chain(base, …)`.
 
-    What stands before it in the chain sees the pseudo-quantized params: weight decay acts on them, not on the float
-    weights. Where that matters, and in general, use `binary_relax`.
+    What stands before it in the chain sees the pseudo-quantized params: weight decay acts on them,
+    not on the float weights. Where that matters, and in general, use `binary_relax`.
 
     Args:
       qset: as for `binary_relax`.
@@ -155,7 +162,8 @@ def relax_params(
       float_dtype: as for `binary_relax`.
 
     Returns:
-      A transformation that turns the updates of the links before it into updates of the pseudo-quantized params.
+      A transformation that turns the updates of the links before it into updates of the
+      pseudo-quantized params.
 
     Raises:
       ValueError: as `binary_relax`.
@@ -170,7 +178,9 @@ def relax_params(
 
 
 def binary_connect(
-    base: optax.GradientTransformation, qset: QuantizedSet | Selection, float_dtype: DTypeLike = "float32"
+    base: optax.GradientTransformation,
+    qset: QuantizedSet | Selection,
+    float_dtype: DTypeLike = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """BinaryConnect, the customary baseline: projects from the first step on (λ = ∞).
 
@@ -180,7 +190,8 @@ def binary_connect(
       float_dtype: as for `binary_relax`.
 
     Returns:
-      A transformation. In effect the straight-through estimator: gradients at the quantized weights move the float ones.
+      A transformation. In effect the straight-through estimator: gradients at the quantized weights
+      move the float ones.
 
     Raises:
       ValueError: as `binary_relax`.
@@ -194,7 +205,7 @@ def binary_connect(
     return binary_relax(base, qset, jnp.inf, None, float_dtype)
 
 
-def _step(qset: Any, p: Array, y: Array, fit: Fit, alpha: Array, exact: Array) -> Array:
+def _step(qset: QuantizedSet, p: Array, y: Array, fit: Fit, alpha: Array, exact: Array) -> Array:
     """The update of one leaf: from p to the relaxed weights, on the grid if that is to be exact."""
     groups = qset.granularity.groups(y.shape)
     grid = grid_of(fit.scale.reshape(groups.scale_view), qset, p.dtype)
@@ -217,12 +228,21 @@ def _where_quantized(function: Callable[..., Any], floats: Any, tree: Any) -> An
 
 def _check_arguments(base: Any, qset: Any, lam: Any, hard_from: Any) -> None:
     if not (hasattr(base, "init") and hasattr(base, "update")):
-        raise ValueError(f"base must be an optax.GradientTransformation, such as optax.sgd(0.1), got {base!r}.")
+        raise ValueError(
+            f"base must be an optax.GradientTransformation, such as optax.sgd(0.1), got {base!r}."
+        )
     if not isinstance(qset, QuantizedSet | Selection):
-        raise ValueError(f"qset must be a set such as Ternary() or the rules of select(…), got {qset!r}.")
-    if not callable(lam) and not isinstance(lam, jax.core.Tracer) and not jnp.all(jnp.asarray(lam) >= 0):
-        raise ValueError(f"lam must be nonnegative (0 is float training, inf the exact projection), got {lam!r}.")
+        raise ValueError(
+            f"qset must be a set such as Ternary() or the rules of select(…), got {qset!r}."
+        )
+    known = not callable(lam) and not isinstance(lam, jax.core.Tracer)
+    if known and not jnp.all(jnp.asarray(lam) >= 0):
+        raise ValueError(
+            f"lam must be nonnegative (0 is float training, inf the exact projection), got {lam!r}."
+        )
     if hard_from is None or isinstance(hard_from, jax.core.Tracer):
         return
-    if isinstance(hard_from, float) and not hard_from.is_integer() or not hard_from >= 0:
-        raise ValueError(f"hard_from must be a step count from 0 on, or None for never, got {hard_from!r}.")
+    if hard_from != int(hard_from) or hard_from < 0:
+        raise ValueError(
+            f"hard_from must be a step count from 0 on, or None for never, got {hard_from!r}."
+        )

@@ -1,6 +1,5 @@
 """The state of a relaxing transformation, and what can be read from it."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax._envelope import strength_of
-from brelax_jax._select import Selection, is_masked, leaves_with_paths, map_with_path
+from brelax_jax._select import Selection, leaves_with_paths, map_with_path
 from brelax_jax.sets import Fit, QuantizedSet
 from brelax_jax.transforms._grid import place_on_grid, round_fit
 
@@ -21,11 +20,13 @@ class BinaryRelaxState(NamedTuple):
 
     Attributes:
       base_state: the state of the base optimizer.
-      float_params: the float weights y; `optax.MaskedNode` in the place of leaves that are not quantized.
+      float_params: the float weights y; `optax.MaskedNode` in the place of leaves that are not
+        quantized.
       fits: a `Fit` for each of them, the scale of each group; `optax.MaskedNode` elsewhere.
       count: int32, updates so far.
-      lam: float32, the λ with which the current params were made: 0 before the first update, ∞ in phase II.
-      set_of: a pytree without leaves, the function from a leaf's path and value to its set.
+      lam: float32, the λ with which the current params were made: 0 before the first update, ∞ in
+        phase II.
+      selection: which leaves are quantized on which sets; a pytree without leaves.
     """
 
     base_state: Any
@@ -33,20 +34,7 @@ class BinaryRelaxState(NamedTuple):
     fits: Any
     count: Array
     lam: Array
-    set_of: jax.tree_util.Partial
-
-
-@dataclasses.dataclass(frozen=True)
-class SetOf:
-    """A selection as a function, which compares by value; `jax.tree_util.Partial` makes it a pytree."""
-
     selection: Selection
-
-    def __call__(self, path: str, leaf: Any) -> QuantizedSet:
-        qset = self.selection.set_of(path, leaf)
-        if qset is None:
-            raise ValueError(f"{path!r} is quantized in this state, but no rule selects it.")
-        return qset
 
 
 def fit_leaf(qset: QuantizedSet, y: Array, p: Any) -> Fit:
@@ -58,12 +46,13 @@ def float_params(opt_state: Any, params: Tree) -> Tree:
     """The float weights y behind the pseudo-quantized `params`.
 
     Args:
-      opt_state: an optimizer state in which a transformation of this library has its own, at any depth (`chain`,
-        `MultiSteps`, `partition`, `masked`, `inject_hyperparams`, …).
+      opt_state: an optimizer state in which a transformation of this library has its own, at any
+        depth (`chain`, `MultiSteps`, `partition`, `masked`, `inject_hyperparams`, …).
       params: the params that it belongs to.
 
     Returns:
-      The params' tree with the float weights of the quantized leaves (at least float32), and the other leaves as they are.
+      The params' tree with the float weights of the quantized leaves (at least float32), and the
+      other leaves as they are.
 
     Raises:
       ValueError: if `opt_state` holds no such state, or one of other params.
@@ -72,7 +61,8 @@ def float_params(opt_state: Any, params: Tree) -> Tree:
     >>> params = {"kernel": jnp.array([[0.25, -0.75]]), "bias": jnp.zeros(2)}
     >>> optimizer = brx.binary_connect(optax.sgd(0.5), brx.Binary())
     >>> state = optimizer.init(params)
-    >>> updates, state = optimizer.update({"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}, state, params)
+    >>> grads = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
+    >>> updates, state = optimizer.update(grads, state, params)
     >>> params = optax.apply_updates(params, updates)
     >>> brx.float_params(state, params)["kernel"], params["kernel"]
     (Array([[-0.25, -1.25]], dtype=float32), Array([[-0.75, -0.75]], dtype=float32))
@@ -83,14 +73,16 @@ def float_params(opt_state: Any, params: Tree) -> Tree:
 def quantized_params(opt_state: Any, params: Tree) -> Tree:
     """The params to deploy: the float weights projected on their sets, exactly, in every phase.
 
-    Applies the stored scales to the float weights, elementwise. In phase II the params themselves are these, bit for bit.
+    Applies the stored scales to the float weights, elementwise. In phase II the params themselves
+    are these, bit for bit.
 
     Args:
       opt_state: as for `float_params`.
       params: the params that it belongs to.
 
     Returns:
-      The params' tree, dtypes and all, with the quantized leaves on their sets, and the other leaves as they are.
+      The params' tree, dtypes and all, with the quantized leaves on their sets, and the other
+      leaves as they are.
 
     Raises:
       ValueError: if `opt_state` holds no such state, or one of other params.
@@ -105,16 +97,17 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
     def quantized(state: BinaryRelaxState, path: str, y: Array, p: Any) -> Array:
         dtype = jnp.result_type(p)
         fit = dict(leaves_with_paths(state.fits, _is_fit))[path]
-        return place_on_grid(y, fit, state.set_of(path, y), dtype).astype(dtype)
+        return place_on_grid(y, fit, state.selection.the_set_of(path, y), dtype).astype(dtype)
 
     return _read(opt_state, params, quantized)
 
 
 def with_float_params(opt_state: Tree, params: Any) -> Tree:
-    """A state that goes on from these params: the float weights are replaced by them, momentum and step count stay.
+    """A state that goes on from these params: the float weights are replaced by them, momentum and
+    step count stay.
 
-    For params that were changed between updates, which the next update would otherwise overwrite: averaged, clipped or
-    restored ones.
+    For params that were changed between updates, which the next update would otherwise overwrite:
+    averaged, clipped or restored ones.
 
     Args:
       opt_state: as for `float_params`.
@@ -140,22 +133,27 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
         if not isinstance(state, BinaryRelaxState):
             return state
         check_same_params(state, params)
-        floats = map_with_path(lambda path, y: jnp.array(given[path], y.dtype, copy=True), state.float_params)
-        fits = map_with_path(lambda path, y: fit_leaf(state.set_of(path, y), y, given[path]), floats)
+        floats = map_with_path(
+            lambda path, y: jnp.array(given[path], y.dtype, copy=True), state.float_params
+        )
+        fits = map_with_path(
+            lambda path, y: fit_leaf(state.selection.the_set_of(path, y), y, given[path]), floats
+        )
         return state._replace(float_params=floats, fits=fits, lam=jnp.zeros_like(state.lam))
 
     return jax.tree.map(replaced, opt_state, is_leaf=_is_state)
 
 
 def strength(opt_state: Any) -> Array:
-    """α = λ/(λ + 1) of the last update: how far the params were pulled from the float weights to their sets.
+    """α = λ/(λ + 1) of the last update: how far the params were pulled from the float weights to
+    their sets.
 
     Args:
       opt_state: as for `float_params`.
 
     Returns:
-      A float32 scalar from 0 (the params are the float weights; so before the first update) to 1 (phase II). If
-      `opt_state` holds several states of this library, that of the first.
+      A float32 scalar from 0 (the params are the float weights; so before the first update) to 1
+      (phase II). If `opt_state` holds several states of this library, that of the first.
 
     Raises:
       ValueError: if `opt_state` holds no state of this library.
@@ -179,23 +177,32 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
 
 
 def check_same_params(state: BinaryRelaxState, params: Any) -> None:
-    """Raises a ValueError, naming the leaf, if the state was made for params of other paths or shapes."""
+    """Raises a ValueError, naming the leaf, if params differ from the state's in path or shape."""
     floats = {path: jnp.shape(y) for path, y in leaves_with_paths(state.float_params)}
     given = dict(leaves_with_paths(params))
-    remedy = "Make the state with `init` from these params, or pass the params that it was made from."
+    remedy = (
+        "Make the state with `init` from these params, or pass the params that it was made from."
+    )
     for path, shape in floats.items():
         if path not in given:
-            raise ValueError(f"The state has float weights for {path!r}, which params lack. {remedy}")
+            raise ValueError(
+                f"The state has float weights for {path!r}, which params lack. {remedy}"
+            )
         if jnp.shape(given[path]) != shape:
             raise ValueError(
-                f"{path!r} has shape {jnp.shape(given[path])} in params, but {shape} in the state. {remedy}"
+                f"{path!r} has shape {jnp.shape(given[path])} in params, but {shape} in the state. "
+                f"{remedy}"
             )
     for path, leaf in given.items():
-        if path not in floats and state.set_of.func.selection.set_of(path, leaf) is not None:
-            raise ValueError(f"{path!r} is to be quantized, but the state has no float weights for it. {remedy}")
+        if path not in floats and state.selection.set_of(path, leaf) is not None:
+            raise ValueError(
+                f"{path!r} is to be quantized, but the state has no float weights for it. {remedy}"
+            )
 
 
-def _read(opt_state: Any, params: Tree, read: Callable[[BinaryRelaxState, str, Array, Any], Any]) -> Tree:
+def _read(
+    opt_state: Any, params: Tree, read: Callable[[BinaryRelaxState, str, Array, Any], Any]
+) -> Tree:
     """The params' tree with read(state, path, y, p) in the place of each quantized leaf p."""
     owners: dict[str, tuple[BinaryRelaxState, Array]] = {}
     for state in find_states(opt_state):
@@ -205,8 +212,8 @@ def _read(opt_state: Any, params: Tree, read: Callable[[BinaryRelaxState, str, A
         if path not in given or jnp.shape(given[path]) != jnp.shape(y):
             found = f"has shape {jnp.shape(given[path])}" if path in given else "is missing"
             raise ValueError(
-                f"{path!r} {found} in params, but the state has float weights of shape {jnp.shape(y)} for it. "
-                "Pass the params that the state belongs to."
+                f"{path!r} {found} in params, but the state has float weights of shape "
+                f"{jnp.shape(y)} for it. Pass the params that the state belongs to."
             )
 
     def leaf(path: str, p: Any) -> Any:
