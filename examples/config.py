@@ -81,7 +81,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Two minutes of anything: scikit-learn's digits, which need no download.
-    "quick": dict(dataset="digits", model="cnn", epochs=30, batch=64),
+    "quick": dict(dataset="digits", model="cnn", batch=64),
     # Five epochs of CIFAR-10: some minutes on two cores.
     "short": dict(dataset="cifar10", model="resnet8", epochs=5, validation=0.0),
     # The authors' recipe. Train it with --method float first, then --warm-start from that run.

@@ -3,6 +3,7 @@
 import math
 
 import brelax_jax as brx
+import jax.numpy as jnp
 import optax
 
 from examples.config import Config
@@ -66,8 +67,33 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
     else:
         drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.lr_drops}
         plain = optax.piecewise_constant_schedule(config.lr, drops)
-    if config.hard_lr is None:
-        return plain
-    hard_lr, hard_step = config.hard_lr, round(config.hard_epoch * steps_per_epoch)
-    capped = lambda count: optax.tree.clip(plain(count), max_value=hard_lr)  # noqa: E731
-    return lambda count: jnp.where(count < hard_step, plain(count), capped(count))
+    most = math.inf if config.hard_lr is None else config.hard_lr
+    hard_step = round(config.hard_epoch * steps_per_epoch)
+    return lambda count: jnp.minimum(plain(count), jnp.where(count < hard_step, math.inf, most))
+
+
+def continuation(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """λ by step, in phase I."""
+    hard_step = max(1, round(config.hard_epoch * steps_per_epoch))
+    if config.lam_schedule == "linear":
+        return brx.linear_continuation(hard_step)
+    if config.lam_growth is not None:
+        return brx.geometric_continuation(config.lam_start, config.lam_growth, every=steps_per_epoch)
+    return brx.geometric_continuation(config.lam_start, (config.lam_end / config.lam_start) ** (1 / hard_step))
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD as the authors use it, alone or inside BinaryConnect or BinaryRelax: the one line that differs."""
+    sgd = optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(learning_rate(config, steps_per_epoch), momentum=config.momentum),
+    )
+    match config.method:
+        case "float":
+            return sgd
+        case "binary_connect":
+            return brx.binary_connect(sgd, layer_sets(config))
+        case _:
+            hard_step = round(config.hard_epoch * steps_per_epoch)
+            lam = continuation(config, steps_per_epoch)
+            return brx.binary_relax(sgd, layer_sets(config), lam, hard_from=hard_step)

@@ -1,0 +1,37 @@
+# `make demo` and `make test` set themselves up in .venv; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRA ?= dev
+
+.PHONY: demo test lint types bench install clean
+
+# The JPEG decoders and JAX share the cores; a platform warning would be the only line on stderr.
+export JAX_PLATFORMS ?= cpu
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brelax_jax needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]'
+	touch $@
+
+demo: $(VENV)/.installed  ## digits: float, BinaryConnect and BinaryRelax, binary and ternary, in a few minutes
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.installed  ## the whole suite, doctests included
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.installed  ## ratios of update times, measured in one run
+	$(BIN)/python -m benchmarks.updates
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,73 @@
+"""The demonstration: handwritten digits, float first, then binary and ternary by BinaryConnect and BinaryRelax.
+
+`python -m examples.demo` trains five networks within minutes on a CPU, and ends with a table and a picture.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples import data, plots
+from examples.config import PRESETS, Config
+from examples.loop import run
+from examples.progress import Progress
+from examples.report import table
+
+METHODS = {"binary_connect": "BinaryConnect", "binary_relax": "BinaryRelax"}
+
+
+def configs(out: str, epochs: int) -> dict[str, Config]:
+    """The five runs by their names, the float one first."""
+    common = Config(**PRESETS["quick"], checkpoint_every=1000, epochs=epochs)  # only the last checkpoint
+    start = dataclasses.replace(common, method="float", out=f"{out}/float")
+    runs = {"float": start}
+    for qset in ("binary", "ternary"):
+        for method, name in METHODS.items():
+            runs[f"{name} {qset}"] = dataclasses.replace(
+                common, method=method, set=qset, warm_start=start.out, out=f"{out}/{qset}-{method}"
+            )
+    return runs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--out", default="runs/demo", help="directory of the runs; what is there is replaced [%(default)s]")
+    parser.add_argument("--epochs", type=int, default=30, help="of each run [%(default)s]")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    runs = configs(options.out, options.epochs)
+    settings = runs["float"]
+    loaded = data.load(settings.dataset, validation=settings.validation)
+    progress = Progress(len(runs) * settings.epochs * len(loaded.train), options.quiet)
+    results = {}
+    for name, config in runs.items():
+        shutil.rmtree(config.directory, ignore_errors=True)
+        results[name] = run(config, loaded, progress)
+    progress.close()
+    quantized = {name: config.directory for name, config in runs.items() if config.method != "float"}
+    picture = plots.plot_runs(quantized, Path(options.out) / "demo.png", settings.directory)
+    print(f"\n{len(loaded.test)} test images; each network as it would be deployed, its weights projected:\n")
+    print(table([row(name, result) for name, result in results.items()]))
+    print(f"\n{picture}")
+    return 0
+
+
+def row(name: str, result: dict[str, Any]) -> dict[str, str]:
+    """A line of the table."""
+    distinct = sorted({layer["distinct"] for layer in result["layers"]})
+    return {
+        "network": name,
+        "test accuracy": f"{result['test_deployed']:.1%}",
+        "bits per weight": f"{result['bits_per_weight']:.2f}",
+        "distinct values per layer": ", ".join(map(str, distinct)) or "all",
+        "size (KiB)": f"{result['bytes'] / 1024:.0f}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The training loop: from a configuration to a run's directory with its log and checkpoints."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import brelax_jax as brx
+import jax
+import numpy as np
+
+from examples.checkpoints import Checkpoints
+from examples.config import Config
+from examples.data import Data, Split
+from examples.log import Log
+from examples.progress import Progress
+from examples.quantization import layer_sets
+from examples.report import bits_per_weight, leaves, quantized_layers, size_in_bytes
+from examples.steps import Metrics, Trainer, TrainState
+
+SNAPSHOTS = 9  # histograms of a layer's weights in a log
+BINS = 81
+
+
+def run(config: Config, data: Data, progress: Progress, resume: bool = False) -> dict[str, Any]:
+    """Trains, and returns the log's last line: test accuracy and what the layers hold.
+
+    Raises:
+      ValueError: if the run's directory is in use, or its checkpoint of another configuration.
+    """
+    trainer = Trainer(config, data)
+    log, checkpoints = Log(config.directory), Checkpoints(config.directory)
+    if log.path.exists() and not resume:
+        raise ValueError(f"{config.directory} holds a run: go on with --resume, or give another --out.")
+    begun, state = start(trainer, checkpoints, config, resume)
+    if begun and log.path.exists():
+        log.cut(begun)
+    else:
+        log.start(config, examples=len(data.train), parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)))
+        log_weights(log, begun, state, config)
+    progress.skip(begun * trainer.images_per_epoch)
+    for epoch in range(begun + 1, config.epochs + 1):
+        state, values = train_epoch(trainer, state, epoch, progress)
+        values |= evaluate(trainer, state, data.validation if len(data.validation) else data.test)
+        log.write("epoch", epoch=epoch, step=state.step, **values)
+        if epoch in np.linspace(0, config.epochs, SNAPSHOTS).round():
+            log_weights(log, epoch, state, config)
+        if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+            checkpoints.save(epoch, state, config)
+        progress.line(epoch_line(epoch, config, values))
+    result = final_result(trainer, state)
+    log.write("result", epoch=config.epochs, **result)
+    return result
+
+
+def start(trainer: Trainer, checkpoints: Checkpoints, config: Config, resume: bool) -> tuple[int, TrainState]:
+    """The epoch and the state to go on from: resumed, warm or fresh."""
+    state = trainer.init()
+    found = checkpoints.restore(state, config) if resume else None
+    if found is not None:
+        return found
+    if config.warm_start is not None:
+        state = Checkpoints(config.warm_start).restore_model(state, config)
+        state = state.replace(opt_state=trainer.optimizer.init(state.params))
+    return 0, state
+
+
+def train_epoch(
+    trainer: Trainer, state: TrainState, epoch: int, progress: Progress
+) -> tuple[TrainState, dict[str, Any]]:
+    """One pass over the training split, and its averages."""
+    begin = time.perf_counter()
+    total = Metrics()
+    label = f"{Path(trainer.config.directory).name} {epoch}/{trainer.config.epochs}"
+    for batch in trainer.batches(epoch):
+        state, metrics = trainer.step(state, batch.images, batch.labels)
+        total = total.plus(metrics)
+        progress.advance(len(batch))
+        if progress.due():
+            progress.figures(label, loss=metrics.mean_loss, acc=metrics.accuracy, **pull(trainer, state))
+    loss, accuracy = total.mean_loss, total.accuracy  # waits for the device
+    seconds = time.perf_counter() - begin
+    values = dict(loss=loss, accuracy=accuracy, learning_rate=trainer.learning_rate(state.step - 1))
+    speed = trainer.images_per_epoch / seconds
+    return state, {**values, **pull(trainer, state), "seconds": seconds, "images_per_second": speed}
+
+
+def pull(trainer: Trainer, state: TrainState) -> dict[str, float]:
+    """λ and the strength of the last step; nothing for a float run."""
+    if trainer.config.method == "float":
+        return {}
+    alpha = float(brx.strength(state.opt_state))
+    return {"lam": alpha / (1 - alpha) if alpha < 1 else math.inf, "strength": alpha}
+
+
+def deployed(trainer: Trainer, state: TrainState) -> tuple[Any, Any]:
+    """The params to deploy, on their sets, and batch statistics that belong to them."""
+    if trainer.config.method == "float":
+        return state.params, state.batch_stats
+    params = brx.quantized_params(state.opt_state, state.params)
+    return params, trainer.batch_statistics(params)
+
+
+def evaluate(trainer: Trainer, state: TrainState, split: Split) -> dict[str, Any]:
+    """Accuracy of the current params, with their running statistics, and of the deployed ones."""
+    name = "test" if split is trainer.data.test else "validation"
+    current = trainer.evaluate(state.params, state.batch_stats, split)
+    if trainer.config.method == "float":
+        return {f"{name}_current": current, f"{name}_deployed": current}
+    return {f"{name}_current": current, f"{name}_deployed": trainer.evaluate(*deployed(trainer, state), split)}
+
+
+def final_result(trainer: Trainer, state: TrainState) -> dict[str, Any]:
+    """Test accuracy, and what each quantized layer holds."""
+    params, _ = deployed(trainer, state)
+    quantized = trainer.config.method != "float"
+    layers = quantized_layers(params, layer_sets(trainer.config)) if quantized else []
+    return {
+        **evaluate(trainer, state, trainer.data.test),
+        "bits_per_weight": bits_per_weight(layers),
+        "bytes": size_in_bytes(params, layers),
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+    }
+
+
+def epoch_line(epoch: int, config: Config, values: dict[str, Any]) -> str:
+    """An epoch in one line."""
+    name = "test" if "test_current" in values else "validation"
+    text = f"epoch {epoch:3d}/{config.epochs}  loss {values['loss']:.3f}  train {values['accuracy']:6.2%}"
+    text += f"  {name} {values[name + '_current']:6.2%}"
+    if config.method != "float":
+        text += f"  deployed {values[name + '_deployed']:6.2%}  λ {values['lam']:.3g}  α {values['strength']:.3f}"
+    return text + f"  {values['images_per_second']:.0f} img/s  {values['seconds']:.1f} s"
+
+
+def log_weights(log: Log, epoch: int, state: TrainState, config: Config) -> None:
+    """Logs the histogram of the largest quantized layer's weights, for the plot."""
+    if config.method == "float":
+        return
+    selection = layer_sets(config)
+    kernels = {path: leaf for path, leaf in leaves(state.params).items() if selection.set_of(path, leaf)}
+    path = max(kernels, key=lambda path: kernels[path].size)
+    values = np.asarray(kernels[path], np.float32).ravel()
+    high = 1.1 * float(np.quantile(np.abs(values), 0.999))
+    counts, _ = np.histogram(values, BINS, range=(-high, high))
+    facts = dict(rms=np.sqrt(np.mean(np.square(values))), strength=brx.strength(state.opt_state))
+    log.write("weights", epoch=epoch, layer=path, **facts, high=high, counts=counts)

@@ -1,0 +1,134 @@
+"""The networks (Flax Linen). Each names its first layer `stem` and its last `head`, so that rules can."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+Conv = partial(nn.Conv, use_bias=False, kernel_init=conv_init)
+
+
+class Network(nn.Module):
+    """What the networks share.
+
+    Attributes:
+      classes: outputs.
+      dtype: dtype to compute in; the params and the output are float32.
+      bn_momentum: how much of the running statistics a step keeps; with 0 they are those of the last batch.
+    """
+
+    classes: int
+    dtype: DTypeLike = "float32"
+    bn_momentum: float = 0.9
+
+    def norm(self, x: Array, train: bool, name: str | None = None) -> Array:
+        """Batch normalization."""
+        return nn.BatchNorm(not train, momentum=self.bn_momentum, dtype=self.dtype, name=name)(x)
+
+    def head(self, x: Array) -> Array:
+        """The classifier, on the mean over positions."""
+        x = nn.Dense(self.classes, dtype=self.dtype, name="head")(jnp.mean(x, axis=(1, 2)))
+        return x.astype(jnp.float32)
+
+
+class Cnn(Network):
+    """Four convolutions, for small images."""
+
+    widths: Sequence[int] = (32, 64, 64, 128)
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for i, width in enumerate(self.widths):
+            stride = 2 if i in (1, 3) else 1
+            name = "stem" if i == 0 else f"conv_{i}"
+            x = Conv(width, (3, 3), stride, dtype=self.dtype, name=name)(x)
+            x = nn.relu(self.norm(x, train))
+        return self.head(x)
+
+
+class Vgg(Network):
+    """VGG with batch normalization and one dense layer, as the BinaryRelax authors trained it on CIFAR.
+
+    Attributes:
+      plan: the widths of the convolutions; 0 halves the image.
+    """
+
+    plan: Sequence[int] = ()
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for i, width in enumerate(self.plan):
+            if width:
+                x = Conv(width, (3, 3), dtype=self.dtype, name=f"conv_{i}" if i else "stem")(x)
+                x = nn.relu(self.norm(x, train))
+            elif min(x.shape[1:3]) > 1:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        return self.head(x)
+
+
+class ResNet(Network):
+    """Residual networks of two convolutions a block (He et al., 2015).
+
+    Attributes:
+      depths: blocks in each stage; from one stage to the next the image is halved and the width doubled.
+      width: channels of the first stage.
+      large: for 224 px: a stem of 7 px that quarters the image, and convolutions in the shortcuts between stages.
+        For small images the shortcuts skip every other pixel and pad with channels of zeros.
+    """
+
+    depths: Sequence[int] = ()
+    width: int = 16
+    large: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        kernel, stride = ((7, 7), 2) if self.large else ((3, 3), 1)
+        x = Conv(self.width, kernel, stride, dtype=self.dtype, name="stem")(x)
+        x = nn.relu(self.norm(x, train))
+        if self.large:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+        for stage, depth in enumerate(self.depths):
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = self.block(x, train, self.width * 2**stage, stride, f"stage{stage}_block{block}")
+        return self.head(x)
+
+    def block(self, x: Array, train: bool, width: int, stride: int, name: str) -> Array:
+        """relu(shortcut + two convolutions)."""
+        y = Conv(width, (3, 3), stride, dtype=self.dtype, name=f"{name}_conv0")(x)
+        y = nn.relu(self.norm(y, train))
+        y = Conv(width, (3, 3), dtype=self.dtype, name=f"{name}_conv1")(y)
+        y = self.norm(y, train)
+        if stride > 1 and self.large:
+            x = Conv(width, (1, 1), stride, dtype=self.dtype, name=f"{name}_shortcut")(x)
+            x = self.norm(x, train)
+        elif stride > 1:
+            x = x[:, ::stride, ::stride]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+        return nn.relu(x + y)
+
+
+MODELS: dict[str, Callable[..., Network]] = {
+    "cnn": Cnn,
+    **{f"resnet{6 * n + 2}": partial(ResNet, depths=(n, n, n)) for n in (1, 3, 5, 9)},
+    "resnet18": partial(ResNet, depths=(2, 2, 2, 2), width=64, large=True),
+    "vgg11": partial(Vgg, plan=(64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)),
+    "vgg16": partial(
+        Vgg, plan=(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+    ),
+}  # fmt: skip
+
+
+def make_model(name: str, classes: int, dtype: str = "float32") -> Network:
+    """A network by its name.
+
+    Raises:
+      ValueError: if the name is not known.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}. Known: {', '.join(sorted(MODELS))}.")
+    return MODELS[name](classes=classes, dtype=dtype)

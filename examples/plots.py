@@ -1,0 +1,114 @@
+"""Pictures of runs, from their logs: accuracy and strength over epochs, and weights collapsing onto their levels."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from examples.log import read
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+PALETTE = ("#1f6fb4", "#d1495b", "#3a9d6e", "#e09f3e", "#6d597a", "#4f5d75")
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "axes.edgecolor": "#888888", "axes.axisbelow": True, "font.size": 9, "axes.titlesize": 10,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False, "figure.dpi": 160,
+}  # fmt: skip
+
+
+def plot_runs(runs: dict[str, str | Path], path: str | Path, float_run: str | Path | None = None) -> Path:
+    """Draws runs beside each other.
+
+    Args:
+      runs: their directories, by the names in the legend.
+      path: where the PNG goes.
+      float_run: the directory of a run whose last accuracy is drawn as a line to reach.
+
+    Returns:
+      The path.
+    """
+    logs = {name: read(Path(directory) / "log.jsonl") for name, directory in runs.items()}
+    collapsing = {n: log for n, log in logs.items() if of(log, "weights") and method(log) == "binary_relax"}
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(6.4 + 2.9 * len(collapsing), 5), layout="constrained")
+        grid = figure.add_gridspec(2, 2 + len(collapsing), height_ratios=(2.2, 1))
+        top = figure.add_subplot(grid[0, :2])
+        accuracy_panel(top, logs, None if float_run is None else read(Path(float_run) / "log.jsonl"))
+        strength_panel(figure.add_subplot(grid[1, :2], sharex=top), logs)
+        for column, (name, log) in enumerate(collapsing.items()):
+            collapse_panel(figure.add_subplot(grid[:, 2 + column]), of(log, "weights"), name)
+        figure.savefig(path)
+        plt.close(figure)
+    return Path(path)
+
+
+def of(log: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The lines of a kind."""
+    return [line for line in log if line["kind"] == kind]
+
+
+def method(log: Sequence[dict[str, Any]]) -> str:
+    """How the run's weights were trained."""
+    return log[0]["config"]["method"]
+
+
+def split_of(log: Sequence[dict[str, Any]]) -> str:
+    """The split that the epochs were evaluated on."""
+    return "validation" if "validation_current" in of(log, "epoch")[0] else "test"
+
+
+def accuracy_panel(axes: Any, logs: dict[str, Any], float_log: Any) -> None:
+    """Accuracy over epochs, of the deployed params and, thin, of the current ones."""
+    lowest = 1.0
+    split = split_of(next(iter(logs.values())))
+    for color, (name, log) in zip(PALETTE * len(logs), logs.items(), strict=False):
+        lines = of(log, "epoch")
+        epochs, deployed = [line["epoch"] for line in lines], [line[f"{split}_deployed"] for line in lines]
+        style = "--" if method(log) == "binary_connect" else "-"
+        axes.plot(epochs, np.multiply(100, deployed), style, color=color, lw=1.8, label=name)
+        if method(log) != "float":
+            current = np.multiply(100, [line[f"{split}_current"] for line in lines])
+            axes.plot(epochs, current, style, color=color, lw=0.7, alpha=0.45)
+        lowest = min(lowest, np.quantile(deployed, 0.1))
+    if float_log is not None:
+        goal = of(float_log, "epoch")[-1][f"{split}_deployed"]
+        axes.axhline(100 * goal, color="#333333", lw=1, ls=":", label="float, where they start")
+    axes.set_ylim(max(0, 100 * lowest - 0.35 * (100 - 100 * lowest) - 1), 100.5)
+    axes.set(ylabel=f"{split} accuracy (%)", title="Accuracy, weights projected (thin: as they are)")
+    axes.legend(loc="lower right", fontsize=8)
+    axes.tick_params(labelbottom=False)
+
+
+def strength_panel(axes: Any, logs: dict[str, Any]) -> None:
+    """The strength over epochs."""
+    for color, (name, log) in zip(PALETTE * len(logs), logs.items(), strict=False):
+        lines = [line for line in of(log, "epoch") if "strength" in line]
+        style = "--" if method(log) == "binary_connect" else "-"
+        axes.plot([line["epoch"] for line in lines], [line["strength"] for line in lines], style, color=color, lw=1.6, label=name)
+    axes.set(xlabel="epoch", ylabel="strength α", ylim=(-0.04, 1.08), title="Pull toward the set; at 1, exactly on it")
+
+
+def collapse_panel(axes: Any, snapshots: list[dict[str, Any]], name: str) -> None:
+    """Histograms of a layer's weights, one above the other, the last epoch on top."""
+    colors = matplotlib.colormaps["viridis_r"]
+    reach = 0.0
+    for row, line in enumerate(snapshots):
+        edges = np.linspace(-line["high"], line["high"], len(line["counts"]) + 1) / line["rms"]
+        heights = np.array(line["counts"]) / max(line["counts"])
+        reach = max(reach, min(3.0, line["high"] / line["rms"]))
+        color = colors(0.1 + 0.8 * line["strength"])
+        axes.stairs(row + 1.35 * heights, edges, baseline=row, fill=True, color=color, alpha=0.9, zorder=-row)
+        axes.stairs(row + 1.35 * heights, edges, baseline=row, color="white", lw=0.5, zorder=-row)
+    labels = [f"{line['epoch']}   α {line['strength']:.2f}" for line in snapshots]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.set(xlim=(-reach, reach), ylim=(-0.1, len(snapshots) + 0.6))
+    axes.set(xlabel="weight / root mean square", title=f"{name}\n{snapshots[0]['layer']}", ylabel="epoch")
+    axes.set_xticks(range(-math.floor(reach), math.floor(reach) + 1))
