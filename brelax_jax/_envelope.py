@@ -13,7 +13,7 @@ def strength_of(lam: ArrayLike) -> Array:
     return 1 / (1 + 1 / jnp.asarray(lam))
 
 
-def blend(y: Array, projection: Array, alpha: ArrayLike) -> Array:
+def blend(y: Array, projection: Array, alpha: Array) -> Array:
     """(1 − α)·y + α·projection: at α = 0 exactly y, at α = 1 exactly the projection."""
     return (1 - alpha) * y + alpha * projection
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,15 @@ def select(
 def as_selection(qset: QuantizedSet | Selection) -> Selection:
     """Rules as they are; one set as the default of no rules."""
     return qset if isinstance(qset, Selection) else select(default=qset)
+
+
+def register_with_flax() -> None:
+    """Lets `flax.serialization` pass over a selection, where flax is in use: it is not imported."""
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is not None:
+        serialization.register_serialization_state(
+            Selection, lambda _: {}, lambda selection, _: selection, override=True
+        )
 
 
 def is_kernel(path: str, leaf: Any) -> bool:

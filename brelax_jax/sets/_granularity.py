@@ -146,8 +146,8 @@ def _integer(value: object, name: str) -> int:
 def _axis_in(axis: int, shape: Sequence[int], granularity: object) -> int:
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
-            f"{granularity}: axis {axis} is out of range for shape {tuple(shape)}; give an axis from "
-            f"{-len(shape)} to {len(shape) - 1}, or use PerTensor."
+            f"{granularity}: axis {axis} is out of range for shape {tuple(shape)}; give an axis "
+            f"from {-len(shape)} to {len(shape) - 1}, or use PerTensor."
             if shape
             else f"{granularity}: axis {axis} is out of range for a scalar; use PerTensor."
         )

@@ -1,16 +1,23 @@
 """BinaryRelax as an Optax gradient transformation."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax._envelope import blend, strength_of
-from brelax_jax._select import Selection, as_selection, is_masked, map_with_path
+from brelax_jax._select import (
+    Selection,
+    as_selection,
+    is_masked,
+    map_with_path,
+    register_with_flax,
+)
 from brelax_jax.sets import Fit, QuantizedSet
 from brelax_jax.transforms._grid import LEAD, grid_of, landing_point, place_on_grid
 from brelax_jax.transforms._state import BinaryRelaxState, check_same_params, fit_leaf
@@ -77,9 +84,10 @@ def binary_relax(
     """
     _check_arguments(base, qset, lam, hard_from)
     selection = as_selection(qset)
+    register_with_flax()
     base = optax.with_extra_args_support(base)
 
-    def init(params: Any) -> BinaryRelaxState:
+    def init(params: optax.Params) -> BinaryRelaxState:
         selection.check(params)
 
         def float_copy(path: str, p: Any) -> Any:
@@ -98,7 +106,10 @@ def binary_relax(
         )
 
     def update(
-        updates: Any, state: BinaryRelaxState, params: Any = None, **extra_args: Any
+        updates: optax.Updates,
+        state: BinaryRelaxState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, BinaryRelaxState]:
         if params is None:
             raise ValueError(
@@ -132,7 +143,7 @@ def binary_relax(
 
         new_updates = map_with_path(step, params, base_updates, floats, fits)
         return new_updates, BinaryRelaxState(
-            base_state, floats, fits, optax.safe_increment(state.count), now, selection
+            base_state, floats, fits, jnp.asarray(optax.safe_increment(state.count)), now, selection
         )
 
     def _fits(floats: Any, params: Any) -> Any:
@@ -141,7 +152,9 @@ def binary_relax(
 
         return map_with_path(fit, params, floats)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(
+        cast(optax.TransformInitFn, init), cast(optax.TransformUpdateExtraArgsFn, update)
+    )
 
 
 def relax_params(

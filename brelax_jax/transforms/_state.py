@@ -32,7 +32,7 @@ class BinaryRelaxState(NamedTuple):
     base_state: Any
     float_params: Any
     fits: Any
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     lam: Array
     selection: Selection
 
