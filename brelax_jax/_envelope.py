@@ -113,7 +113,7 @@ def _residual(w: ArrayLike, qset: QuantizedSet) -> Array:
     w = jnp.asarray(w)
     compute = compute_dtype(w.dtype)
     residual = w.astype(compute) - projection.astype(compute)
-    rounding = jnp.finfo(w.dtype).eps + 8 * jnp.finfo(compute).eps
+    rounding = jnp.finfo(w.dtype).eps + 32 * jnp.finfo(compute).eps
     return jnp.where(
         jnp.abs(residual) <= float(rounding) * jnp.abs(w), jnp.zeros_like(residual), residual
     )

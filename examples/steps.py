@@ -99,7 +99,7 @@ class Trainer:
         """
         collected: Any = None
         for count, batch in zip(range(1, self.config.statistics_batches + 1), self.batches(epoch=0), strict=False):
-            new = self._statistics(params, batch.images)
+            new = self._statistics(params, batch.images, jnp.int32(count))
             share = 1 / count
             collected = new if collected is None else jax.tree.map(lambda a, b: a + (b - a) * share, collected, new)
         return collected
@@ -129,7 +129,9 @@ class Trainer:
         correct = jnp.argmax(logits, axis=-1) == labels
         return Metrics(jnp.sum(losses * counts), jnp.sum(correct * counts), jnp.sum(counts))
 
-    def _batch_statistics(self, params: Any, images: Array) -> Any:
+    def _batch_statistics(self, params: Any, images: Array, count: Array) -> Any:
+        if self.config.augment:  # the running averages are of augmented images, too
+            images = augment(jax.random.fold_in(jax.random.key(self.config.seed), -count), images)
         forgetful = self.model.clone(bn_momentum=0.0)
         inputs = normalize(images, self.mean, self.std)
         return forgetful.apply({"params": params}, inputs, train=True, mutable=["batch_stats"])[1]["batch_stats"]

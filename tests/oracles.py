@@ -27,11 +27,8 @@ def brute_force(group, levels):
 
 def error(group, scale, levels):
     """E(s) = Σ min over l of (wᵢ − s·l)², with the nearest levels at the given scale."""
-    w = np.asarray(group, np.float64)
-    least = np.full(w.shape, np.inf)
-    for level in levels:
-        least = np.minimum(least, (w - scale * level) ** 2)
-    return math.fsum(least)
+    distances = np.asarray(group, np.float64)[:, None] - scale * np.asarray(levels, np.float64)
+    return math.fsum(np.min(distances**2, axis=1))
 
 
 def optimum(group, levels, limit=1 << 20):
@@ -52,19 +49,18 @@ def optimum(group, levels, limit=1 << 20):
     best_gain, best_scale = 0.0, 0.0
     while windows:
         low, high = windows.pop()
-        ranges = [np.searchsorted(a, (low * c, high * c), side="right") for c in middles]
-        counts = [stop - start for start, stop in ranges]
-        if sum(counts) > limit and low < (low + high) / 2 < high:
+        start, stop = np.searchsorted(a, np.multiply.outer((low, high), middles), side="right")
+        if np.sum(stop - start) > limit and low < (low + high) / 2 < high:
             windows += [(low, (low + high) / 2), ((low + high) / 2, high)]
             continue
         # The codes at the upper end of the window, then every change on the way down.
         q = magnitudes[np.searchsorted(middles * high, a)]
-        entry = np.concatenate([a[:0], *(a[start:stop] for start, stop in ranges)])
-        step = np.repeat(np.arange(len(counts)), counts)
+        step = np.repeat(np.arange(len(middles)), stop - start)
+        entry = np.concatenate([a[:0], *map(a.__getitem__, map(slice, start, stop))])
         order = np.argsort(entry / middles[step])[::-1]
         entry, step = entry[order], step[order]
-        along = np.cumsum([q @ a, *(entry * np.diff(magnitudes)[step])])
-        norm = np.cumsum([q @ q, *np.diff(magnitudes**2)[step]])
+        along = np.cumsum(np.append(q @ a, entry * np.diff(magnitudes)[step]))
+        norm = np.cumsum(np.append(q @ q, np.diff(magnitudes**2)[step]))
         gain = along**2 / np.where(norm > 0, norm, 1)
         k = int(np.argmax(gain))
         if gain[k] > best_gain:

@@ -51,6 +51,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("wrapper", "chain")
 SHAPE = (32, 12)
 STEPS = 22
+JUMP = 14
 NEVER = 10**6
 
 
@@ -58,7 +59,8 @@ NEVER = 10**6
 class Case:
     """How the weights move.
 
-    `kick` adds that multiple of the params to the gradients, in units in which SGD at 2 flips every sign.
+    `kick` adds a multiple of the float weights to the gradients, in units in which 2 flips every sign under SGD, and
+    1 − `jump` is such a multiple in one step of phase II, which multiplies the weights by `jump`.
     """
 
     hard_from: int = NEVER
@@ -66,6 +68,7 @@ class Case:
     heavy: bool = False
     rate: float = 1.0
     kick: float = 0.0
+    jump: float = 1.0
 
     @property
     def exact_from(self):
@@ -111,6 +114,8 @@ def faults_of(trace, name, qset, dtype, exact_from, excused):
     scale = scale.reshape(len(scale), -1)
     before = np.concatenate([scale[:1], scale[:-1]])
     jumped = np.maximum(scale / before, before / scale) > (16 if dtype == "float32" else 2)
+    if dtype == "bfloat16" and qset.levels[-1] > 31:  # no bits are left for a change of scale
+        jumped = scale != before
     sorted_values = np.sort(values, axis=-1)
     distinct = 1 + np.count_nonzero(np.diff(sorted_values, axis=-1), axis=-1)
     unequal = grouped(bits(p) != bits(q), qset.granularity).any(-1)
@@ -128,39 +133,18 @@ def faults_of(trace, name, qset, dtype, exact_from, excused):
     ]
 
 
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", [1, -1])
-def test_a_jump_of_the_scale_is_exact_in_the_same_step(dtype, direction):
-    factor = 15.5 if dtype == "float32" else 1.9
-    factor = factor**direction
-    rng = np.random.default_rng(3)
-    leaves = {
-        name: LEAVES[name] for name in ("binary-channel", "threshold-block", "uniform4-tensor")
-    }
-    leaves["uneven"] = LEAVES["uneven-channel"]
-    params = {
-        name: jnp.asarray(0.1 * rng.choice(qset.levels, SHAPE) * rng.normal(1, 0.01, SHAPE), dtype)
-        for name, qset in leaves.items()  # near the levels, so that the scale follows the weights
-    }
-    optimizer = brx.binary_relax(optax.sgd(1.0), rules(leaves), lam=1.0, hard_from=8)
-    state = optimizer.init(params)
-
-    @jax.jit
-    def update(params, state, growth):
-        grads = jax.tree.map(lambda y: (1 - growth) * y, brx.float_params(state, params))
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return params, state, brx.quantized_params(state, params), scales_of(state)
-
-    for _ in range(9):
-        params, state, _, before = update(params, state, 1.0)
-    params, state, quantized, after = update(params, state, factor)
-    for name, qset in leaves.items():
-        ratio = np.asarray(after[name]) / np.asarray(before[name])
-        np.testing.assert_allclose(ratio, factor, rtol=0.02 if dtype == "float32" else 0.1)
-        assert np.array_equal(bits(params[name]), bits(quantized[name])), name
-        values = grouped(np.asarray(params[name], np.float64)[None], qset.granularity)[0]
-        assert all(len(np.unique(group)) <= len(qset.levels) for group in values), name
+def test_jumps_of_the_scale_are_exact_in_the_same_step(dtype, form, direction):
+    factor = 14.0 if dtype == "float32" else 1.8
+    factor = factor if direction == "up" else 1 / factor
+    case = Case(8, jump=factor)
+    test_params_are_exactly_quantized(dtype, form, case)
+    scales = run(dtype, form, case)["scales"]
+    ratios = {name: np.median(scale[JUMP] / scale[JUMP - 1]) for name, scale in scales.items()}
+    followed = [name for name, ratio in ratios.items() if abs(np.log(ratio / factor)) < 0.1]
+    assert followed, f"no scale jumped {factor}-fold: {ratios}"
 
 
 def test_a_larger_jump_is_repaired_by_the_next_update():
@@ -227,10 +211,10 @@ def test_quantized_params_do_not_depend_on_compilation(dtype):
 
 
 def test_eager_updates_are_exact():
-    leaves = {"binary": brx.Binary(), "t": SETS["threshold"], "four": LEAVES["four-channel"]}
+    leaves = {"binary": brx.Binary(), "ternary": LEAVES["ternary-channel"]}
     rng = np.random.default_rng(11)
     params = {name: jnp.asarray(rng.standard_normal(SHAPE), "float32") for name in leaves}
-    optimizer = brx.binary_connect(optax.adam(0.1), rules(leaves))
+    optimizer = brx.binary_connect(optax.sgd(0.1), rules(leaves))
     state = optimizer.init(params)
     for step in range(5):
         grads = {name: jnp.asarray(rng.standard_normal(SHAPE), "float32") for name in leaves}
@@ -240,18 +224,14 @@ def test_eager_updates_are_exact():
             assert_exact(state, params, leaves)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_float64_is_exact(form):
-    leaves = {
-        name: LEAVES[name]
-        for name in ("binary-channel", "ternary-tensor", "threshold-block", "uniform8-channel")
-    }
-    leaves["uneven"] = SETS["uneven"]
+def test_float64_is_exact():
+    names = ("binary-channel", "ternary-tensor", "threshold-block", "uniform8-channel")
+    leaves = {name: LEAVES[name] for name in (*names, "uneven-tensor")}
     with jax.enable_x64(True):
         rng = np.random.default_rng(12)
         params = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
-        optimizer = FORM[form](optax.adam(0.1), rules(leaves), 1.0, 8)
-        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        optimizer = brx.binary_relax(optax.adam(0.1), rules(leaves), 1.0, hard_from=8)
+        state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
         for step in range(12):
             grads = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
             updates, state = update(grads, state, params)
@@ -277,12 +257,12 @@ def test_large_leaves_are_exact():
         }
 
     params = noise()
-    optimizer = brx.binary_relax(optax.sgd(0.1, 0.9), rules(sets), lam=2.0, hard_from=8)
+    optimizer = brx.binary_connect(optax.sgd(0.1, 0.9), rules(sets))
     state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
-    for step in range(10):
+    for step in range(4):
         updates, state = update(noise(), state, params)
         params = optax.apply_updates(params, updates)
-        if step >= 8:
+        if step >= 2:
             assert_exact(state, params, sets)
 
 
@@ -306,7 +286,7 @@ class Nnx(nnx.Module):
 
 def test_linen_train_state_is_exact():
     model, x = Linen(), jax.random.normal(jax.random.key(0), (20, 8))
-    rules = brx.select(("Dense_0/kernel", SETS["four"]), default=LEAVES["binary-channel"])
+    rules = brx.select(("Dense_0/kernel", SETS["threshold"]), default=LEAVES["binary-channel"])
     state = train_state.TrainState.create(
         apply_fn=model.apply,
         params=model.init(jax.random.key(1), x)["params"],
@@ -324,7 +304,7 @@ def test_linen_train_state_is_exact():
         state = step(state)
     quantized = brx.quantized_params(state.opt_state, state.params)
     jax.tree.map(np.testing.assert_array_equal, state.params, quantized)
-    assert len(np.unique(state.params["Dense_0"]["kernel"])) == 4
+    assert len(np.unique(state.params["Dense_0"]["kernel"])) == 3
     assert all(len(np.unique(column)) == 2 for column in state.params["Dense_1"]["kernel"].T)
     assert len(np.unique(state.params["Dense_0"]["bias"])) > 2
 
@@ -332,7 +312,7 @@ def test_linen_train_state_is_exact():
 def test_nnx_optimizer_is_exact():
     x = jax.random.normal(jax.random.key(0), (20, 8))
     model = Nnx(nnx.Rngs(0))
-    rules = brx.select(("first/kernel", SETS["four"]), default=LEAVES["binary-channel"])
+    rules = brx.select(("first/kernel", SETS["threshold"]), default=LEAVES["binary-channel"])
     transformation = brx.binary_relax(optax.adam(0.01), rules, 1.0, hard_from=8)
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
@@ -345,7 +325,7 @@ def test_nnx_optimizer_is_exact():
     params = nnx.state(model, nnx.Param)
     quantized = brx.quantized_params(optimizer.opt_state, params)
     jax.tree.map(np.testing.assert_array_equal, params, quantized)
-    assert len(np.unique(model.first.kernel[...])) == 4
+    assert len(np.unique(model.first.kernel[...])) == 3
     assert all(len(np.unique(column)) == 2 for column in model.second.kernel[...].T)
     assert float(brx.strength(optimizer.opt_state)) == 1
 
@@ -363,11 +343,15 @@ def rules(leaves):
 
 
 def leaves_of(dtype, form):
-    """Every set and granularity in float32; in the 16-bit dtypes half of them in each form."""
-    if dtype == "float32":
+    """Every set in every granularity for the wrapper in float32; elsewhere each set in one, by turns."""
+    if (dtype, form) == ("float32", "wrapper"):
         return LEAVES
-    part = (FORMS.index(form) + DTYPES.index(dtype)) % 2
-    return {name: qset for i, (name, qset) in enumerate(LEAVES.items()) if i % 2 == part}
+    turn = 2 * FORMS.index(form) + DTYPES.index(dtype)
+    return {
+        name: LEAVES[name]
+        for i, qset in enumerate(SETS)
+        for name in [f"{qset}-{list(GRANULARITIES)[(i + turn) % len(GRANULARITIES)]}"]
+    }
 
 
 @functools.cache
@@ -395,10 +379,11 @@ def program(dtype, form):
     def scan(params, state, grads, case):
         optimizer = transformation(case["rate"], case["infinite_from"], case["hard_from"])
 
-        def step(carry, grads):
+        def step(carry, given):
             params, state = carry
-            push = case["kick"] / (0.1 * case["rate"])
-            grads = jax.tree.map(lambda g, p: g + push.astype(p.dtype) * p, grads, params)
+            grads, push = given
+            floats = brx.float_params(state, params)
+            grads = jax.tree.map(lambda g, y: g + (push * y).astype(g.dtype), grads, floats)
             updates, state = optimizer.update(grads, state, params)
             params = optax.apply_updates(params, updates)
             return (params, state), {
@@ -408,7 +393,8 @@ def program(dtype, form):
                 "scales": scales_of(state),
             }
 
-        return jax.lax.scan(step, (params, state), grads)
+        push = jnp.full(STEPS, case["kick"]).at[JUMP].add(1 - case["jump"]) / (0.1 * case["rate"])
+        return jax.lax.scan(step, (params, state), (grads, push))
 
     def fresh_state(params):
         """As `init`, whose scales, of no concern here, would take as long to compile as the run."""

@@ -48,15 +48,34 @@ class Grid(NamedTuple):
 
 def grid_of(scale: Array, qset: QuantizedSet, dtype: DTypeLike) -> Grid:
     """The grid for params of this dtype, for each entry of a scale."""
-    info = jnp.finfo(dtype)
-    digits = info.nmant + 1
-    headroom = 4 if digits > 16 else 1
-    top = 1 + math.ceil(math.log2(qset.magnitudes[-1]))
-    # At least the scale's leading bit is kept: the 16-bit dtypes do not hold more for Uniform(8).
-    finest = min(top - (digits - 1 - headroom), 0)
+    shape = _Shape.of(qset, dtype)
     unit = _leading_bit(scale)
-    spacing = jnp.maximum(unit * 2.0**finest, _least(dtype))
-    return Grid(spacing, 1 / spacing, unit * 2.0 ** (top + headroom // 2))
+    spacing = jnp.maximum(unit * 2.0**shape.finest, _least(dtype))
+    return Grid(spacing, 1 / spacing, unit * 2.0**shape.reach)
+
+
+class _Shape(NamedTuple):
+    """Exponents of a grid, in units of the scale's leading bit.
+
+    Attributes:
+      digits: bits of the dtype's significand.
+      finest: of the spacing.
+      top: of a bound of the largest level.
+      reach: of the largest weight near phase II.
+    """
+
+    digits: int
+    finest: int
+    top: int
+    reach: int
+
+    @staticmethod
+    def of(qset: QuantizedSet, dtype: DTypeLike) -> "_Shape":
+        digits = jnp.finfo(dtype).nmant + 1
+        headroom = 4 if digits > 16 else 1
+        top = 1 + math.ceil(math.log2(qset.magnitudes[-1]))
+        # The scale's leading bit is kept: the 16-bit dtypes hold no more for many levels.
+        return _Shape(digits, min(top - (digits - 1 - headroom), 0), top, top + headroom // 2)
 
 
 def _leading_bit(x: Array) -> Array:
@@ -75,6 +94,26 @@ def round_fit(fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     return fit._replace(scale=grid_of(fit.scale, qset, dtype).round(fit.scale))
 
 
+def follow(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
+    """A rounded fit as near to `fit` as steps from the levels of `last` to its own are exact.
+
+    It differs from `fit` only where a scale jumps beyond the headroom: then it grows as far as
+    there is room, or keeps fewer bits, and the next updates catch up. Sets that leave a 16-bit
+    dtype no room at all are not held back.
+    """
+    shape = _Shape.of(qset, dtype)
+    if 2.0 ** (shape.digits + shape.finest) - 2.0**shape.reach < 2.0 ** (shape.top + 1):
+        return fit
+    old = grid_of(last.scale, qset, dtype)
+    room = (2.0**shape.digits * old.spacing - old.reach) / 2.0 ** math.ceil(
+        math.log2(qset.magnitudes[-1])
+    )
+    spacing = jnp.maximum(old.reach * 2.0 ** (1 - shape.digits), _least(dtype))
+    finest = jnp.maximum(jnp.round(fit.scale / spacing), 1) * spacing
+    nearest = jnp.where(fit.scale < last.scale, finest, jnp.minimum(fit.scale, room))
+    return fit._replace(scale=jnp.where((last.scale > 0) & (fit.scale > 0), nearest, fit.scale))
+
+
 def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Array:
     """The quantized weights for float weights y and a rounded fit, exact in `dtype`."""
     w = qset.place(y, fit)
@@ -85,14 +124,14 @@ def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> A
     return grid.round(w.reshape(groups.view)).reshape(y.shape)
 
 
-def landing_point(w: Array, p: Array, grid: Grid) -> Array:
-    """Where to send p so that it arrives exactly: at w on the grid, or, if p is too far off it, at
-    p on the grid.
+def landing_point(w: Array, p: Array, grid: Grid, last: Grid) -> Array:
+    """Where to send p: to w on the grid; or, if it cannot arrive and is off its grid, onto the grid.
 
     Args:
       w: the weights wanted, at least float32.
       p: the weights now, in the dtype of the params.
-      grid: broadcasts against both.
+      grid: that of w; broadcasts against it.
+      last: that of p, if it is on one.
     """
     info = jnp.finfo(p.dtype)
 
@@ -102,7 +141,8 @@ def landing_point(w: Array, p: Array, grid: Grid) -> Array:
     now = p.astype(w.dtype)
     goal = jnp.clip(grid.round(w), -grid.reach, grid.reach)
     arrives = stored(now + stored(goal - now)) == goal
-    return jnp.where(arrives, goal, jnp.clip(grid.round(now), -grid.reach, grid.reach))
+    snapped = jnp.clip(grid.round(now), -grid.reach, grid.reach)
+    return jnp.where(arrives | (last.round(now) == now), goal, snapped)
 
 
 def _least(dtype: DTypeLike) -> float:

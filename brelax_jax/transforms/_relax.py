@@ -19,7 +19,7 @@ from brelax_jax._select import (
     register_with_flax,
 )
 from brelax_jax.sets import Fit, QuantizedSet
-from brelax_jax.transforms._grid import LEAD, grid_of, landing_point, place_on_grid
+from brelax_jax.transforms._grid import LEAD, follow, grid_of, landing_point, place_on_grid
 from brelax_jax.transforms._state import BinaryRelaxState, check_same_params, fit_leaf
 
 
@@ -41,9 +41,10 @@ def binary_relax(
 
     In phase II every scale group of the params holds at most as many distinct values as the set has
     levels, bit for bit, under plain `optax.apply_updates`, and equals `quantized_params`: from
-    `hard_from` on if at least eight updates came before it, else from the third such update. Exempt
-    is a step in which the scale of a group jumps more than 16-fold (twofold for 16-bit params). The
-    16-bit dtypes hold few scales for many levels: bfloat16 params on Uniform(8) get a power of two.
+    `hard_from` on if at least eight updates came before it, else from the third such update. There
+    a scale that jumps more than 16-fold in one step (twofold for 16-bit params) is held back for
+    that step. The 16-bit dtypes hold few scales for many levels: with bfloat16 params Uniform(7),
+    Uniform(8) and PowerOfTwo(5) get powers of two, and are an ulp off in a step that changes one.
 
     Args:
       base: the optimizer. It sees the float weights as its `params`, and gradients in their dtype.
@@ -134,14 +135,22 @@ def binary_relax(
             now = jnp.where(state.count >= hard_from, jnp.inf, now)
             exact = state.count >= jnp.asarray(hard_from) - LEAD
         alpha = strength_of(now)
-        exact |= alpha == 1
+        hard = alpha == 1
+        exact |= hard
 
-        def step(path: str, p: Any, u: Any, y: Any, fit: Any) -> Any:
-            return (
-                u if is_masked(y) else _step(selection.the_set_of(path, p), p, y, fit, alpha, exact)
-            )
+        def held(path: str, p: Any, fit: Any, last: Any) -> Any:
+            if is_masked(fit):
+                return fit
+            return _where(hard, follow(fit, last, selection.the_set_of(path, p), p.dtype), fit)
 
-        new_updates = map_with_path(step, params, base_updates, floats, fits)
+        fits = map_with_path(held, params, fits, state.fits)
+
+        def step(path: str, p: Any, u: Any, y: Any, fit: Any, last: Any) -> Any:
+            if is_masked(y):
+                return u
+            return _step(selection.the_set_of(path, p), p, y, fit, last, alpha, exact)
+
+        new_updates = map_with_path(step, params, base_updates, floats, fits, state.fits)
         return new_updates, BinaryRelaxState(
             base_state, floats, fits, jnp.asarray(optax.safe_increment(state.count)), now, selection
         )
@@ -218,15 +227,23 @@ def binary_connect(
     return binary_relax(base, qset, jnp.inf, None, float_dtype)
 
 
-def _step(qset: QuantizedSet, p: Array, y: Array, fit: Fit, alpha: Array, exact: Array) -> Array:
-    """The update of one leaf: from p to the relaxed weights, on the grid if that is to be exact."""
+def _step(
+    qset: QuantizedSet, p: Array, y: Array, fit: Fit, last: Fit, alpha: Array, exact: Array
+) -> Array:
+    """The update of one leaf: from p to the relaxed weights, on the grid if it is to be exact."""
     groups = qset.granularity.groups(y.shape)
-    grid = grid_of(fit.scale.reshape(groups.scale_view), qset, p.dtype)
+    grid, last_grid = (
+        grid_of(each.scale.reshape(groups.scale_view), qset, p.dtype) for each in (fit, last)
+    )
     quantized = place_on_grid(y, fit, qset, p.dtype)
     w = blend(y, quantized, alpha.astype(y.dtype)).reshape(groups.view)
-    p_view = p.reshape(groups.view)
-    w = jnp.where(exact, landing_point(w, p_view, grid), w)
-    return (w - p_view.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
+    now = p.reshape(groups.view)
+    w = jnp.where(exact, landing_point(w, now, grid, last_grid), w)
+    return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
+
+
+def _where(condition: Array, fit: Fit, other: Fit) -> Fit:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), fit, other)
 
 
 def _filled(floats: Any, params: Any) -> Any:
