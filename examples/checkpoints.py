@@ -13,8 +13,9 @@ from examples.steps import TrainState
 class Checkpoints:
     """The checkpoints in a run's directory.
 
-    Each holds the model (params and batch statistics), the rest of the training state, and the run's configuration:
-    so a warm start can read the first without knowing the optimizer, and a wrong resume is noticed.
+    Each holds the model (params and batch statistics), the rest of the training state, and the
+    run's configuration: so a warm start can read the first without knowing the optimizer, and a
+    wrong resume is noticed.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -72,7 +73,8 @@ class Checkpoints:
             names = ("dataset", "model", "image_size")
             if changed := differences({n: theirs[n] for n in names}, {n: ours[n] for n in names}):
                 raise OtherConfiguration(
-                    f"The run in {self.path.parent} trained another network:\n  " + "\n  ".join(changed)
+                    f"The run in {self.path.parent} trained another network:\n  "
+                    + "\n  ".join(changed)
                 )
             return like.replace(**self._read(epoch, model=ocp.args.StandardRestore(model))["model"])
 
@@ -91,11 +93,21 @@ class Checkpoints:
                 return epoch, read(epoch)
             except OtherConfiguration:
                 raise
-            except Exception as error:  # Orbax and TensorStore have no common one for what is damaged
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                print(f"Warning: the checkpoint after epoch {epoch} in {self.path} is damaged ({reason}).")
+            except (
+                Exception
+            ) as error:  # Orbax and TensorStore have no common one for what is damaged
+                reason = (
+                    str(error).strip().splitlines()[0][:200]
+                    if str(error).strip()
+                    else type(error).__name__
+                )
+                print(
+                    f"Warning: the checkpoint after epoch {epoch} in {self.path} is damaged ({reason})."
+                )
         if self.epochs():
-            raise ValueError(f"No checkpoint in {self.path} can be read. Remove {self.path.parent} to start again.")
+            raise ValueError(
+                f"No checkpoint in {self.path} can be read. Remove {self.path.parent} to start again."
+            )
         return None
 
 

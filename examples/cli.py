@@ -20,10 +20,14 @@ examples:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The run's settings, and the options that do not change what it computes (`resume`, `quiet`)."""
+    """The run's settings, and the options that do not change what it computes (`resume`,
+    `quiet`).
+    """
     parser = _parser()
     given = parser.parse_args(arguments)
-    changed = {f.name: getattr(given, f.name) for f in dataclasses.fields(Config) if hasattr(given, f.name)}
+    changed = {
+        f.name: getattr(given, f.name) for f in dataclasses.fields(Config) if hasattr(given, f.name)
+    }
     config = Config(**{**PRESETS.get(given.preset, {}), **changed})
     try:
         check(config)
@@ -37,7 +41,10 @@ def check(config: Config) -> None:
     rules = {
         "validation": (0 <= config.validation < 1, "a share from 0 to below 1"),
         "image_size": (config.image_size is None or config.image_size >= 4, "at least 4 pixels"),
-        "train_examples": (config.train_examples is None or config.train_examples >= 1, "at least 1"),
+        "train_examples": (
+            config.train_examples is None or config.train_examples >= 1,
+            "at least 1",
+        ),
         "epochs": (config.epochs >= 1, "at least 1"),
         "batch": (config.batch >= 1, "at least 1"),
         "lr": (config.lr > 0, "positive"),
@@ -47,8 +54,14 @@ def check(config: Config) -> None:
         "lam_start": (config.lam_start > 0, "positive, because growth cannot leave 0"),
         "lam_end": (config.lam_end >= config.lam_start, "at least lam_start"),
         "lam_growth": (config.lam_growth is None or config.lam_growth >= 1, "at least 1"),
-        "hard_from": (0 <= config.hard_epoch <= config.epochs, f"from 0 to epochs ({config.epochs})"),
-        "lr_drops": (bool(config.lr_drops) == (config.lr_schedule == "drops"), "given with --lr-schedule drops"),
+        "hard_from": (
+            0 <= config.hard_epoch <= config.epochs,
+            f"from 0 to epochs ({config.epochs})",
+        ),
+        "lr_drops": (
+            bool(config.lr_drops) == (config.lr_schedule == "drops"),
+            "given with --lr-schedule drops",
+        ),
         "checkpoint_every": (config.checkpoint_every >= 1, "at least 1"),
         "statistics_batches": (config.statistics_batches >= 1, "at least 1"),
     }
@@ -62,12 +75,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m examples.train",
         description="Train an image classifier whose weights end up on a quantized set.",
         epilog=EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=100
+        ),
     )
     parser.add_argument(
-        "--preset", choices=sorted(PRESETS), help="settings to begin with; the other options override them"
+        "--preset",
+        choices=sorted(PRESETS),
+        help="settings to begin with; the other options override them",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from this run's last checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from this run's last checkpoint"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar: one line an epoch")
     hints = typing.get_type_hints(Config)
     groups: dict[str, Any] = {}
@@ -99,7 +118,11 @@ def _flag(name: str) -> str:
 
 def _scalar(hint: Any) -> Any:
     """The type itself, for `T | None` too."""
-    return next(t for t in typing.get_args(hint) if t is not type(None)) if isinstance(hint, types.UnionType) else hint
+    return (
+        next(t for t in typing.get_args(hint) if t is not type(None))
+        if isinstance(hint, types.UnionType)
+        else hint
+    )
 
 
 def _reader(hint: Any) -> Any:

@@ -7,24 +7,39 @@ from typing import Any
 
 def setting(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field with what the command line needs to know of it."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": help, "choices": choices}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of a run. Times are in epochs, and may be fractions of one."""
 
-    dataset: str = setting("digits", "data", "digits, cifar10, cifar100, or a TFDS image classification dataset")
-    image_size: int | None = setting(None, "data", "resize images to squares of this side, in pixels")
+    dataset: str = setting(
+        "digits", "data", "digits, cifar10, cifar100, or a TFDS image classification dataset"
+    )
+    image_size: int | None = setting(
+        None, "data", "resize images to squares of this side, in pixels"
+    )
     train_examples: int | None = setting(None, "data", "train on this many examples only")
-    validation: float = setting(0.1, "data", "share of the training split held out to choose settings on; 0: none")
+    validation: float = setting(
+        0.1, "data", "share of the training split held out to choose settings on; 0: none"
+    )
     augment: bool = setting(True, "data", "random shifts, and flips of colour images")
 
-    model: str = setting("cnn", "model", "cnn, resnet8, resnet20, resnet32, resnet56, resnet18, vgg11 or vgg16")
-    dtype: str = setting("float32", "model", "dtype to compute in; params stay float32", ("float32", "bfloat16"))
+    model: str = setting(
+        "cnn", "model", "cnn, resnet8, resnet20, resnet32, resnet56, resnet18, vgg11 or vgg16"
+    )
+    dtype: str = setting(
+        "float32", "model", "dtype to compute in; params stay float32", ("float32", "bfloat16")
+    )
 
     method: str = setting(
-        "binary_relax", "quantization", "how the weights are trained", ("float", "binary_connect", "binary_relax")
+        "binary_relax",
+        "quantization",
+        "how the weights are trained",
+        ("float", "binary_connect", "binary_relax"),
     )
     set: str = setting(
         "binary",
@@ -32,41 +47,73 @@ class Config:
         "binary, ternary, ternary-threshold, uniform2..8, power2..5, or levels as in levels:-3,-1,1,3",
     )
     granularity: str = setting(
-        "tensor", "quantization", "weights that share a scale: tensor, channel[:AXIS] or block:SIZE[:AXIS]"
+        "tensor",
+        "quantization",
+        "weights that share a scale: tensor, channel[:AXIS] or block:SIZE[:AXIS]",
     )
-    first: str = setting("same", "quantization", "the first layer's set: same, float, or a set's name")
-    last: str = setting("float", "quantization", "the last layer's set: same, float, or a set's name")
+    first: str = setting(
+        "same", "quantization", "the first layer's set: same, float, or a set's name"
+    )
+    last: str = setting(
+        "float", "quantization", "the last layer's set: same, float, or a set's name"
+    )
     lam_schedule: str = setting(
-        "geometric", "quantization", "growth of λ, or of the strength from 0 to 1 by linear", ("geometric", "linear")
+        "geometric",
+        "quantization",
+        "growth of λ, or of the strength from 0 to 1 by linear",
+        ("geometric", "linear"),
     )
     lam_start: float = setting(1.0, "quantization", "geometric: λ in the first step")
-    lam_end: float = setting(100.0, "quantization", "geometric: λ when phase II begins, if no growth is given")
-    lam_growth: float | None = setting(None, "quantization", "geometric: factor of λ from epoch to epoch")
-    hard_from: float | None = setting(
-        None, "quantization", "epoch from which on weights are exactly quantized, phase II (three quarters of epochs)"
+    lam_end: float = setting(
+        100.0, "quantization", "geometric: λ when phase II begins, if no growth is given"
     )
-    hard_lr: float | None = setting(None, "quantization", "the most that the learning rate may be in phase II")
+    lam_growth: float | None = setting(
+        None, "quantization", "geometric: factor of λ from epoch to epoch"
+    )
+    hard_from: float | None = setting(
+        None,
+        "quantization",
+        "epoch from which on weights are exactly quantized, phase II (three quarters of epochs)",
+    )
+    hard_lr: float | None = setting(
+        None, "quantization", "the most that the learning rate may be in phase II"
+    )
 
     epochs: int = setting(30, "training", "passes over the training split")
     batch: int = setting(128, "training", "images in a step")
     lr: float = setting(0.1, "training", "learning rate at the start")
-    lr_schedule: str = setting("cosine", "training", "cosine to 0, or a tenth at each drop", ("cosine", "drops"))
+    lr_schedule: str = setting(
+        "cosine", "training", "cosine to 0, or a tenth at each drop", ("cosine", "drops")
+    )
     lr_drops: tuple[float, ...] = setting((), "training", "epochs of the drops, as in 80,140")
     momentum: float = setting(0.9, "training", "momentum of SGD")
     weight_decay: float = setting(1e-4, "training", "L2 weight decay, on the float weights")
-    warm_start: str | None = setting(None, "training", "directory of the run from whose weights to start")
+    warm_start: str | None = setting(
+        None, "training", "directory of the run from whose weights to start"
+    )
     seed: int = setting(0, "training", "seed of the weights, the order and the augmentation")
 
-    out: str | None = setting(None, "output", "directory of this run (runs/DATASET-MODEL-METHOD[-SET])")
-    checkpoint_every: int = setting(1, "output", "epochs from one checkpoint to the next; the last two are kept")
+    out: str | None = setting(
+        None, "output", "directory of this run (runs/DATASET-MODEL-METHOD[-SET])"
+    )
+    checkpoint_every: int = setting(
+        1, "output", "epochs from one checkpoint to the next; the last two are kept"
+    )
     statistics_batches: int = setting(
-        20, "output", "training batches to re-estimate the batch statistics of quantized weights from"
+        20,
+        "output",
+        "training batches to re-estimate the batch statistics of quantized weights from",
     )
 
     @property
     def directory(self) -> str:
         """Where the run's log, checkpoints and plots go."""
-        words = [self.dataset, self.model, self.method, *([] if self.method == "float" else [self.set])]
+        words = [
+            self.dataset,
+            self.model,
+            self.method,
+            *([] if self.method == "float" else [self.set]),
+        ]
         return self.out or "runs/" + "-".join(words).replace("/", "_").replace(":", "")
 
     @property
@@ -93,7 +140,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any], ignored: tuple[str, ...] = ("out",)) -> list[str]:
+def differences(
+    theirs: dict[str, Any], ours: dict[str, Any], ignored: tuple[str, ...] = ("out",)
+) -> list[str]:
     """Lines that say which settings differ between two runs."""
     names = sorted({*theirs, *ours} - set(ignored))
-    return [f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names if theirs.get(n) != ours.get(n)]
+    return [
+        f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here"
+        for n in names
+        if theirs.get(n) != ours.get(n)
+    ]

@@ -1,4 +1,6 @@
-"""Image classification data in memory: scikit-learn's digits, or any such TFDS dataset that is prepared."""
+"""Image classification data in memory: scikit-learn's digits, or any such TFDS dataset that is
+prepared.
+"""
 
 import dataclasses
 import difflib
@@ -14,14 +16,25 @@ from tqdm import tqdm
 
 SPLIT_SEED = 0  # the same splits for every run, whatever its seed
 KNOWN = ("digits", "cifar10", "cifar100")
-ALSO = ("mnist", "fashion_mnist", "kmnist", "emnist", "svhn_cropped", "cinic10", "imagenette", "food101")
+ALSO = (
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "emnist",
+    "svhn_cropped",
+    "cinic10",
+    "imagenette",
+    "food101",
+)
 
 PREPARE = """\
-{name} is not prepared in {place} (TFDS_DATA_DIR sets another place). To download and prepare it, once:
+{name} is not prepared in {place} (TFDS_DATA_DIR sets another place). To download and prepare it,
+once:
     pip install "brelax_jax[prepare]"
     python -c "import tensorflow_datasets as tfds; \
 tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-The extra brings TensorFlow, which TFDS needs for this step only. Without a network, try --dataset digits."""
+The extra brings TensorFlow, which TFDS needs for this step only. Without a network, try --dataset
+digits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +63,10 @@ class Data:
     @property
     def channel_moments(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation of each channel over the training images."""
-        counts = [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(self.train.images, -1, 0)]
+        counts = [
+            np.bincount(channel.ravel(), minlength=256)
+            for channel in np.moveaxis(self.train.images, -1, 0)
+        ]
         values, weights = np.arange(256), np.array(counts) / (self.train.images[..., 0].size)
         mean = weights @ values
         return mean.astype(np.float32), np.sqrt(weights @ values**2 - mean**2).astype(np.float32)
@@ -69,7 +85,9 @@ def load(
       ValueError: if the name is not known, or the dataset not one of labelled images.
       FileNotFoundError: if it has to be prepared first; the message says how.
     """
-    train, test, classes = _digits(image_size) if name == "digits" else _tfds(name, image_size, progress)
+    train, test, classes = (
+        _digits(image_size) if name == "digits" else _tfds(name, image_size, progress)
+    )
     held_out = Split(train.images[:0], train.labels[:0])
     if validation:
         train, held_out = _stratified(train, validation)
@@ -96,7 +114,9 @@ def _digits(image_size: int | None) -> tuple[Split, Split, int]:
 
 
 def _tfds(name: str, image_size: int | None, progress: bool) -> tuple[Split, Split, int]:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it would recommend OpenCV, and warn of what is asked here
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # it would recommend OpenCV, and warn of what is asked here
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
@@ -104,33 +124,53 @@ def _tfds(name: str, image_size: int | None, progress: bool) -> tuple[Split, Spl
         close = difflib.get_close_matches(name, known)
         raise ValueError(
             f"Unknown dataset {name!r}. Known: {', '.join(KNOWN)}, and every image classification dataset of TFDS, "
-            f"such as {', '.join(ALSO)}." + (f" Did you mean {' or '.join(close)}?" if close else "")
+            f"such as {', '.join(ALSO)}."
+            + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
     builder = tfds.builder(name)
     features = builder.info.features
     if not {"image", "label"} <= set(features or ()):
-        raise ValueError(f"{name!r} is not an image classification dataset: its features are {list(features)}.")
+        raise ValueError(
+            f"{name!r} is not an image classification dataset: its features are {list(features)}."
+        )
     if not builder.is_prepared():
         raise FileNotFoundError(PREPARE.format(name=name, place=builder.data_path))
+    if str(builder.info.file_format.value) in ("tfrecord", "riegeli"):  # not for random access
+        raise FileNotFoundError(
+            f"{builder.data_path} is in the format {builder.info.file_format.value}, which cannot be read without "
+            "TensorFlow. Remove it, or set TFDS_DATA_DIR to another place.\n"
+            + PREPARE.format(name=name, place="array_record format")
+        )
     held_out = next((s for s in ("test", "validation") if s in builder.info.splits), None)
     if held_out is None or "train" not in builder.info.splits:
-        raise ValueError(f"{name!r} needs a train and a test split, but has {list(builder.info.splits)}.")
+        raise ValueError(
+            f"{name!r} needs a train and a test split, but has {list(builder.info.splits)}."
+        )
     train, test = (_decoded(builder, split, image_size, progress) for split in ("train", held_out))
     return train, test, features["label"].num_classes
 
 
-def _decoded(builder: Any, split: str, image_size: int | None, progress: bool, chunk: int = 500) -> Split:
+def _decoded(
+    builder: Any, split: str, image_size: int | None, progress: bool, chunk: int = 500
+) -> Split:
     """All images of a split, decoded once."""
     source = builder.as_data_source(split=split)
     images, labels = [], []
-    with tqdm(total=len(source), desc=f"{builder.name} {split}", unit="img", disable=None if progress else True) as bar:
+    with tqdm(
+        total=len(source),
+        desc=f"{builder.name} {split}",
+        unit="img",
+        disable=None if progress else True,
+    ) as bar:
         for start in range(0, len(source), chunk):
             rows = source.__getitems__(list(range(start, min(start + chunk, len(source)))))
             labels.extend(row["label"] for row in rows)
             images.extend(_resized(row["image"], image_size) for row in rows)
             bar.update(len(rows))
     if len({image.shape for image in images}) > 1:
-        raise ValueError(f"The images of {builder.name!r} differ in size: give one, as in --image-size 224.")
+        raise ValueError(
+            f"The images of {builder.name!r} differ in size: give one, as in --image-size 224."
+        )
     return Split(np.stack(images), np.array(labels, np.int32))
 
 
@@ -142,5 +182,7 @@ def _resized(image: NDArray[np.uint8], side: int | None) -> NDArray[np.uint8]:
     crop = min(height, width)
     left, top = (width - crop) / 2, (height - crop) / 2
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    small = picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + crop, top + crop))
+    small = picture.resize(
+        (side, side), Image.Resampling.BICUBIC, box=(left, top, left + crop, top + crop)
+    )
     return np.asarray(small).reshape(side, side, channels)

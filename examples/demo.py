@@ -1,6 +1,8 @@
-"""The demonstration: handwritten digits, float first, then binary and ternary by BinaryConnect and BinaryRelax.
+"""The demonstration: handwritten digits, float first, then binary and ternary by BinaryConnect and
+BinaryRelax.
 
-`python -m examples.demo` trains five networks within minutes on a CPU, and ends with a table and a picture.
+`python -m examples.demo` trains five networks within minutes on a CPU, and ends with a table and a
+picture.
 """
 
 import argparse
@@ -22,7 +24,9 @@ METHODS = {"binary_connect": "BinaryConnect", "binary_relax": "BinaryRelax"}
 
 def configs(out: str, epochs: int) -> dict[str, Config]:
     """The five runs by their names, the float one first."""
-    common = Config(**PRESETS["quick"], checkpoint_every=1000, epochs=epochs)  # only the last checkpoint
+    common = Config(
+        **PRESETS["quick"], checkpoint_every=1000, epochs=epochs
+    )  # only the last checkpoint
     start = dataclasses.replace(common, method="float", out=f"{out}/float")
     runs = {"float": start}
     for qset in ("binary", "ternary"):
@@ -36,7 +40,11 @@ def configs(out: str, epochs: int) -> dict[str, Config]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--out", default="runs/demo", help="directory of the runs; what is there is replaced [%(default)s]")
+    parser.add_argument(
+        "--out",
+        default="runs/demo",
+        help="directory of the runs; what is there is replaced [%(default)s]",
+    )
     parser.add_argument("--epochs", type=int, default=30, help="of each run [%(default)s]")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
@@ -49,9 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(config.directory, ignore_errors=True)
         results[name] = run(config, loaded, progress)
     progress.close()
-    quantized = {name: config.directory for name, config in runs.items() if config.method != "float"}
+    quantized = {
+        name: config.directory for name, config in runs.items() if config.method != "float"
+    }
     picture = plots.plot_runs(quantized, Path(options.out) / "demo.png", settings.directory)
-    print(f"\n{len(loaded.test)} test images; each network as it would be deployed, its weights projected:\n")
+    print(
+        f"\n{len(loaded.test)} test images; each network as it would be deployed, its weights projected:\n"
+    )
     print(table([row(name, result) for name, result in results.items()]))
     print(f"\n{picture}")
     return 0

@@ -15,7 +15,9 @@ PACKAGES = ("brelax_jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
 
 class Log:
-    """The file log.jsonl in a run's directory. A line's `kind` is header, epoch, weights or result."""
+    """The file log.jsonl in a run's directory. A line's `kind` is header, epoch, weights or
+    result.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory) / "log.jsonl"
@@ -25,11 +27,21 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("")
         versions = {name: _version(name) for name in PACKAGES}
-        self.write("header", config=config.to_json(), versions=versions, device=str(jax.devices()[0]), **facts)
+        self.write(
+            "header",
+            config=config.to_json(),
+            versions=versions,
+            device=str(jax.devices()[0]),
+            **facts,
+        )
 
     def cut(self, epoch: int) -> None:
         """Drops what was written after an epoch, so that a resumed run writes it again."""
-        lines = [line for line in read(self.path) if line.get("epoch", 0) <= epoch and line["kind"] != "result"]
+        lines = [
+            line
+            for line in read(self.path)
+            if line.get("epoch", 0) <= epoch and line["kind"] != "result"
+        ]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, kind: str, **values: Any) -> None:

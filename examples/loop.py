@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import brelax_jax as brx
 import jax
 import numpy as np
 
+import brelax_jax as brx
 from examples.checkpoints import Checkpoints
 from examples.config import Config
 from examples.data import Data, Split
@@ -20,7 +20,7 @@ from examples.report import bits_per_weight, leaves, quantized_layers, size_in_b
 from examples.steps import Metrics, Trainer, TrainState
 
 SNAPSHOTS = 9  # histograms of a layer's weights in a log
-BINS = 81
+BINS, RANGE = 61, 3.0  # the range is in units of their root mean square
 
 
 def run(config: Config, data: Data, progress: Progress, resume: bool = False) -> dict[str, Any]:
@@ -32,12 +32,18 @@ def run(config: Config, data: Data, progress: Progress, resume: bool = False) ->
     trainer = Trainer(config, data)
     log, checkpoints = Log(config.directory), Checkpoints(config.directory)
     if log.path.exists() and not resume:
-        raise ValueError(f"{config.directory} holds a run: go on with --resume, or give another --out.")
+        raise ValueError(
+            f"{config.directory} holds a run: go on with --resume, or give another --out."
+        )
     begun, state = start(trainer, checkpoints, config, resume)
     if begun and log.path.exists():
         log.cut(begun)
     else:
-        log.start(config, examples=len(data.train), parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)))
+        log.start(
+            config,
+            examples=len(data.train),
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        )
         log_weights(log, begun, state, config)
     progress.skip(begun * trainer.images_per_epoch)
     for epoch in range(begun + 1, config.epochs + 1):
@@ -54,7 +60,9 @@ def run(config: Config, data: Data, progress: Progress, resume: bool = False) ->
     return result
 
 
-def start(trainer: Trainer, checkpoints: Checkpoints, config: Config, resume: bool) -> tuple[int, TrainState]:
+def start(
+    trainer: Trainer, checkpoints: Checkpoints, config: Config, resume: bool
+) -> tuple[int, TrainState]:
     """The epoch and the state to go on from: resumed, warm or fresh."""
     state = trainer.init()
     found = checkpoints.restore(state, config) if resume else None
@@ -78,7 +86,9 @@ def train_epoch(
         total = total.plus(metrics)
         progress.advance(len(batch))
         if progress.due():
-            progress.figures(label, loss=metrics.mean_loss, acc=metrics.accuracy, **pull(trainer, state))
+            progress.figures(
+                label, loss=metrics.mean_loss, acc=metrics.accuracy, **pull(trainer, state)
+            )
     loss, accuracy = total.mean_loss, total.accuracy  # waits for the device
     seconds = time.perf_counter() - begin
     values = dict(loss=loss, accuracy=accuracy, learning_rate=trainer.learning_rate(state.step - 1))
@@ -108,7 +118,10 @@ def evaluate(trainer: Trainer, state: TrainState, split: Split) -> dict[str, Any
     current = trainer.evaluate(state.params, state.batch_stats, split)
     if trainer.config.method == "float":
         return {f"{name}_current": current, f"{name}_deployed": current}
-    return {f"{name}_current": current, f"{name}_deployed": trainer.evaluate(*deployed(trainer, state), split)}
+    return {
+        f"{name}_current": current,
+        f"{name}_deployed": trainer.evaluate(*deployed(trainer, state), split),
+    }
 
 
 def final_result(trainer: Trainer, state: TrainState) -> dict[str, Any]:
@@ -139,10 +152,19 @@ def log_weights(log: Log, epoch: int, state: TrainState, config: Config) -> None
     if config.method == "float":
         return
     selection = layer_sets(config)
-    kernels = {path: leaf for path, leaf in leaves(state.params).items() if selection.set_of(path, leaf)}
+    kernels = {
+        path: leaf for path, leaf in leaves(state.params).items() if selection.set_of(path, leaf)
+    }
     path = max(kernels, key=lambda path: kernels[path].size)
     values = np.asarray(kernels[path], np.float32).ravel()
-    high = 1.1 * float(np.quantile(np.abs(values), 0.999))
-    counts, _ = np.histogram(values, BINS, range=(-high, high))
-    facts = dict(rms=np.sqrt(np.mean(np.square(values))), strength=brx.strength(state.opt_state))
-    log.write("weights", epoch=epoch, layer=path, **facts, high=high, counts=counts)
+    counts, _ = np.histogram(
+        values / np.sqrt(np.mean(np.square(values))), BINS, range=(-RANGE, RANGE)
+    )
+    log.write(
+        "weights",
+        epoch=epoch,
+        layer=path,
+        strength=brx.strength(state.opt_state),
+        range=RANGE,
+        counts=counts,
+    )

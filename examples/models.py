@@ -1,4 +1,6 @@
-"""The networks (Flax Linen). Each names its first layer `stem` and its last `head`, so that rules can."""
+"""The networks (Flax Linen). Each names its first layer `stem` and its last `head`, so that rules
+can.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +20,8 @@ class Network(nn.Module):
     Attributes:
       classes: outputs.
       dtype: dtype to compute in; the params and the output are float32.
-      bn_momentum: how much of the running statistics a step keeps; with 0 they are those of the last batch.
+      bn_momentum: how much of the running statistics a step keeps; with 0 they are those of the
+        last batch.
     """
 
     classes: int
@@ -38,7 +41,7 @@ class Network(nn.Module):
 class Cnn(Network):
     """Four convolutions, for small images."""
 
-    widths: Sequence[int] = (32, 64, 64, 128)
+    widths: Sequence[int] = (16, 32, 32, 64)
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -51,7 +54,8 @@ class Cnn(Network):
 
 
 class Vgg(Network):
-    """VGG with batch normalization and one dense layer, as the BinaryRelax authors trained it on CIFAR.
+    """VGG with batch normalization and one dense layer, as the BinaryRelax authors trained it on
+    CIFAR.
 
     Attributes:
       plan: the widths of the convolutions; 0 halves the image.
@@ -74,10 +78,12 @@ class ResNet(Network):
     """Residual networks of two convolutions a block (He et al., 2015).
 
     Attributes:
-      depths: blocks in each stage; from one stage to the next the image is halved and the width doubled.
+      depths: blocks in each stage; from one stage to the next the image is halved and the width
+        doubled.
       width: channels of the first stage.
-      large: for 224 px: a stem of 7 px that quarters the image, and convolutions in the shortcuts between stages.
-        For small images the shortcuts skip every other pixel and pad with channels of zeros.
+      large: for 224 px: a stem of 7 px that quarters the image, and convolutions in the shortcuts
+        between stages. For small images the shortcuts skip every other pixel and pad with channels
+        of zeros.
     """
 
     depths: Sequence[int] = ()
@@ -94,7 +100,9 @@ class ResNet(Network):
         for stage, depth in enumerate(self.depths):
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = self.block(x, train, self.width * 2**stage, stride, f"stage{stage}_block{block}")
+                x = self.block(
+                    x, train, self.width * 2**stage, stride, f"stage{stage}_block{block}"
+                )
         return self.head(x)
 
     def block(self, x: Array, train: bool, width: int, stride: int, name: str) -> Array:

@@ -1,6 +1,7 @@
-"""Pictures of runs, from their logs: accuracy and strength over epochs, and weights collapsing onto their levels."""
+"""Pictures of runs, from their logs: accuracy and strength over epochs, and weights collapsing onto
+their levels.
+"""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from examples.log import read
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 PALETTE = ("#1f6fb4", "#d1495b", "#3a9d6e", "#e09f3e", "#6d597a", "#4f5d75")
 STYLE = {
@@ -21,7 +22,9 @@ STYLE = {
 }  # fmt: skip
 
 
-def plot_runs(runs: dict[str, str | Path], path: str | Path, float_run: str | Path | None = None) -> Path:
+def plot_runs(
+    runs: dict[str, str | Path], path: str | Path, float_run: str | Path | None = None
+) -> Path:
     """Draws runs beside each other.
 
     Args:
@@ -33,12 +36,16 @@ def plot_runs(runs: dict[str, str | Path], path: str | Path, float_run: str | Pa
       The path.
     """
     logs = {name: read(Path(directory) / "log.jsonl") for name, directory in runs.items()}
-    collapsing = {n: log for n, log in logs.items() if of(log, "weights") and method(log) == "binary_relax"}
+    collapsing = {
+        n: log for n, log in logs.items() if of(log, "weights") and method(log) == "binary_relax"
+    }
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(6.4 + 2.9 * len(collapsing), 5), layout="constrained")
+        figure = plt.figure(figsize=(6.4 + 2.7 * len(collapsing), 5), layout="constrained")
         grid = figure.add_gridspec(2, 2 + len(collapsing), height_ratios=(2.2, 1))
         top = figure.add_subplot(grid[0, :2])
-        accuracy_panel(top, logs, None if float_run is None else read(Path(float_run) / "log.jsonl"))
+        accuracy_panel(
+            top, logs, None if float_run is None else read(Path(float_run) / "log.jsonl")
+        )
         strength_panel(figure.add_subplot(grid[1, :2], sharex=top), logs)
         for column, (name, log) in enumerate(collapsing.items()):
             collapse_panel(figure.add_subplot(grid[:, 2 + column]), of(log, "weights"), name)
@@ -63,52 +70,70 @@ def split_of(log: Sequence[dict[str, Any]]) -> str:
 
 
 def accuracy_panel(axes: Any, logs: dict[str, Any], float_log: Any) -> None:
-    """Accuracy over epochs, of the deployed params and, thin, of the current ones."""
+    """Accuracy over epochs, of the deployed params and, where there is one run only, of the current ones."""
     lowest = 1.0
     split = split_of(next(iter(logs.values())))
     for color, (name, log) in zip(PALETTE * len(logs), logs.items(), strict=False):
         lines = of(log, "epoch")
-        epochs, deployed = [line["epoch"] for line in lines], [line[f"{split}_deployed"] for line in lines]
+        epochs, deployed = (
+            [line["epoch"] for line in lines],
+            [line[f"{split}_deployed"] for line in lines],
+        )
         style = "--" if method(log) == "binary_connect" else "-"
         axes.plot(epochs, np.multiply(100, deployed), style, color=color, lw=1.8, label=name)
-        if method(log) != "float":
+        if method(log) != "float" and len(logs) == 1:
             current = np.multiply(100, [line[f"{split}_current"] for line in lines])
-            axes.plot(epochs, current, style, color=color, lw=0.7, alpha=0.45)
+            axes.plot(epochs, current, style, color=color, lw=1, alpha=0.5, label="as they are")
         lowest = min(lowest, np.quantile(deployed, 0.1))
     if float_log is not None:
         goal = of(float_log, "epoch")[-1][f"{split}_deployed"]
         axes.axhline(100 * goal, color="#333333", lw=1, ls=":", label="float, where they start")
     axes.set_ylim(max(0, 100 * lowest - 0.35 * (100 - 100 * lowest) - 1), 100.5)
-    axes.set(ylabel=f"{split} accuracy (%)", title="Accuracy, weights projected (thin: as they are)")
+    axes.set(
+        ylabel=f"{split} accuracy (%)", title="Accuracy, weights projected (thin: as they are)"
+    )
     axes.legend(loc="lower right", fontsize=8)
     axes.tick_params(labelbottom=False)
 
 
 def strength_panel(axes: Any, logs: dict[str, Any]) -> None:
-    """The strength over epochs."""
-    for color, (name, log) in zip(PALETTE * len(logs), logs.items(), strict=False):
+    """The strength over epochs, once for each method."""
+    for name in dict.fromkeys(method(log) for log in logs.values()):
+        log = next(log for log in logs.values() if method(log) == name)
         lines = [line for line in of(log, "epoch") if "strength" in line]
-        style = "--" if method(log) == "binary_connect" else "-"
-        axes.plot([line["epoch"] for line in lines], [line["strength"] for line in lines], style, color=color, lw=1.6, label=name)
-    axes.set(xlabel="epoch", ylabel="strength α", ylim=(-0.04, 1.08), title="Pull toward the set; at 1, exactly on it")
+        style = "--" if name == "binary_connect" else "-"
+        epochs, strengths = [line["epoch"] for line in lines], [line["strength"] for line in lines]
+        axes.plot(epochs, strengths, style, color="#444444", lw=1.6, label=name.replace("_", " "))
+    axes.set(
+        xlabel="epoch",
+        ylabel="strength α",
+        ylim=(-0.04, 1.08),
+        title="Pull toward the set: at 1, exactly on it",
+    )
+    if axes.lines:
+        axes.legend(loc="lower right", fontsize=8)
 
 
 def collapse_panel(axes: Any, snapshots: list[dict[str, Any]], name: str) -> None:
     """Histograms of a layer's weights, one above the other, the last epoch on top."""
     colors = matplotlib.colormaps["viridis_r"]
-    reach = 0.0
+    reach = snapshots[0]["range"]
     for row, line in enumerate(snapshots):
-        edges = np.linspace(-line["high"], line["high"], len(line["counts"]) + 1) / line["rms"]
-        heights = np.array(line["counts"]) / max(line["counts"])
-        reach = max(reach, min(3.0, line["high"] / line["rms"]))
-        color = colors(0.1 + 0.8 * line["strength"])
-        axes.stairs(row + 1.35 * heights, edges, baseline=row, fill=True, color=color, alpha=0.9, zorder=-row)
-        axes.stairs(row + 1.35 * heights, edges, baseline=row, color="white", lw=0.5, zorder=-row)
-    labels = [f"{line['epoch']}   α {line['strength']:.2f}" for line in snapshots]
-    axes.set_yticks(range(len(labels)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
+        edges = np.linspace(-reach, reach, len(line["counts"]) + 1)
+        heights = row + 1.3 * np.array(line["counts"]) / max(line["counts"])
+        layer = dict(baseline=row, zorder=2 * (len(snapshots) - row))
+        axes.stairs(
+            heights, edges, fill=True, color=colors(0.15 + 0.75 * line["strength"]), **layer
+        )
+        axes.stairs(heights, edges, color="white", lw=0.6, **layer)
+        axes.plot((-reach, reach), (row, row), color="#bbbbbb", lw=0.6, zorder=layer["zorder"] + 1)
+    axes.set_yticks(
+        range(len(snapshots)), [f"{line['epoch']}\nα {line['strength']:.2f}" for line in snapshots]
+    )
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    axes.set(xlim=(-reach, reach), ylim=(-0.1, len(snapshots) + 0.6))
-    axes.set(xlabel="weight / root mean square", title=f"{name}\n{snapshots[0]['layer']}", ylabel="epoch")
-    axes.set_xticks(range(-math.floor(reach), math.floor(reach) + 1))
+    axes.set(
+        xlim=(-reach, reach), ylim=(-0.05, len(snapshots) + 0.5), xlabel="weight / root mean square"
+    )
+    axes.set_title(f"{name}: {snapshots[0]['layer']}", fontsize=9)

@@ -18,7 +18,12 @@ class Progress:
     def __init__(self, images: int, quiet: bool = False) -> None:
         self.shown = sys.stderr.isatty() and not quiet
         self._bar = tqdm(
-            total=images, unit="img", unit_scale=True, dynamic_ncols=True, disable=not self.shown, smoothing=0.05
+            total=images,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not self.shown,
+            smoothing=0.05,
         )
         self._refreshed = 0.0
 
@@ -33,7 +38,9 @@ class Progress:
         self._bar.update(images)
 
     def due(self, seconds: float = 0.5) -> bool:
-        """Whether the bar is shown and its figures are older than this; reading them waits for the device."""
+        """Whether the bar is shown and its figures are older than this; reading them waits for the
+        device.
+        """
         now = time.monotonic()
         if not self.shown or now - self._refreshed < seconds:
             return False

@@ -2,10 +2,10 @@
 
 import math
 
-import brelax_jax as brx
 import jax.numpy as jnp
 import optax
 
+import brelax_jax as brx
 from examples.config import Config
 
 SETS = "binary, ternary, ternary-threshold, uniform2..uniform8, power2..power5, levels:-3,-1,1,3"
@@ -31,7 +31,11 @@ def parse_granularity(word: str) -> brx.PerTensor | brx.PerChannel | brx.PerBloc
 def parse_set(word: str, granularity: str = "tensor") -> brx.QuantizedSet:
     """A set from its word, such as `ternary`, `uniform4`, `power3` or `levels:-3,-1,1,3`."""
     groups = parse_granularity(granularity)
-    plain = {"binary": brx.Binary, "ternary": brx.Ternary, "ternary-threshold": brx.TernaryThreshold}
+    plain = {
+        "binary": brx.Binary,
+        "ternary": brx.Ternary,
+        "ternary-threshold": brx.TernaryThreshold,
+    }
     if word in plain:
         return plain[word](granularity=groups)
     try:
@@ -47,7 +51,9 @@ def parse_set(word: str, granularity: str = "tensor") -> brx.QuantizedSet:
 
 
 def layer_sets(config: Config) -> brx.Selection:
-    """Which layer lands on which set: every model here names its first layer `stem` and its last `head`."""
+    """Which layer lands on which set: every model here names its first layer `stem` and its last
+    `head`.
+    """
     middle = parse_set(config.set, config.granularity)
 
     def of(word: str) -> brx.QuantizedSet | None:
@@ -78,12 +84,18 @@ def continuation(config: Config, steps_per_epoch: int) -> optax.Schedule:
     if config.lam_schedule == "linear":
         return brx.linear_continuation(hard_step)
     if config.lam_growth is not None:
-        return brx.geometric_continuation(config.lam_start, config.lam_growth, every=steps_per_epoch)
-    return brx.geometric_continuation(config.lam_start, (config.lam_end / config.lam_start) ** (1 / hard_step))
+        return brx.geometric_continuation(
+            config.lam_start, config.lam_growth, every=steps_per_epoch
+        )
+    return brx.geometric_continuation(
+        config.lam_start, (config.lam_end / config.lam_start) ** (1 / hard_step)
+    )
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD as the authors use it, alone or inside BinaryConnect or BinaryRelax: the one line that differs."""
+    """SGD as the authors use it, alone or inside BinaryConnect or BinaryRelax: the one line that
+    differs.
+    """
     sgd = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(learning_rate(config, steps_per_epoch), momentum=config.momentum),

@@ -4,14 +4,17 @@ import dataclasses
 import math
 from typing import Any
 
-import brelax_jax as brx
 import jax
 import numpy as np
+
+import brelax_jax as brx
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its path, its weights, its set, and the most distinct values that a scale group holds."""
+    """A quantized layer: its path, its weights, its set, and the most distinct values that a scale
+    group holds.
+    """
 
     path: str
     weights: int
@@ -38,7 +41,9 @@ def quantized_layers(params: Any, selection: brx.Selection) -> list[Layer]:
         qset = selection.set_of(path, leaf)
         if qset is not None:
             groups = qset.granularity.groups(leaf.shape)
-            rows = np.moveaxis(np.asarray(leaf).reshape(groups.view), groups.axes, range(-len(groups.axes), 0))
+            rows = np.moveaxis(
+                np.asarray(leaf).reshape(groups.view), groups.axes, range(-len(groups.axes), 0)
+            )
             rows = rows.reshape(math.prod(groups.scale), -1)
             distinct = max(len(np.unique(row)) for row in rows)
             found.append(Layer(path, leaf.size, len(rows), len(qset.levels), distinct))
@@ -64,7 +69,12 @@ def table(rows: list[dict[str, str]]) -> str:
     widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
 
     def line(cells: list[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        padded = [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(names), line(["-" * w for w in widths]), *(line(list(row.values())) for row in rows)])
+    return "\n".join(
+        [line(names), line(["-" * w for w in widths]), *(line(list(row.values())) for row in rows)]
+    )

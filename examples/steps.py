@@ -1,6 +1,7 @@
 """The jitted functions of training and evaluation, each called from Python.
 
-A compiled loop around convolutions would run several times slower on CPU than a step called from Python.
+A compiled loop around convolutions would run several times slower on CPU than a step called from
+Python.
 """
 
 import operator
@@ -60,7 +61,9 @@ class Trainer:
         self.config, self.data = config, data
         self.model = make_model(config.model, data.classes, config.dtype)
         self.batch = min(config.batch, len(data.train))
-        self.steps_per_epoch = len(data.train) // self.batch  # whole batches; the rest of an order is left out
+        self.steps_per_epoch = (
+            len(data.train) // self.batch
+        )  # whole batches; the rest of an order is left out
         self.images_per_epoch = self.steps_per_epoch * self.batch
         self.learning_rate = learning_rate(config, self.steps_per_epoch)
         self.optimizer = make_optimizer(config, self.steps_per_epoch)
@@ -77,7 +80,9 @@ class Trainer:
         return TrainState(jnp.zeros((), jnp.int32), params, stats, self.optimizer.init(params))
 
     def batches(self, epoch: int) -> Iterator[Split]:
-        """The training batches of an epoch, in an order that depends on the seed and the epoch only."""
+        """The training batches of an epoch, in an order that depends on the seed and the epoch
+        only.
+        """
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data.train))
         for start in range(0, self.images_per_epoch, self.batch):
             yield self.data.train[order[start : start + self.batch]]
@@ -87,9 +92,13 @@ class Trainer:
         total = Metrics()
         size = min(500, len(split))
         for start in range(0, len(split), size):
-            indices = np.arange(start, start + size)  # past the end: the last image again, which does not count
+            indices = np.arange(
+                start, start + size
+            )  # past the end: the last image again, which does not count
             part = split[np.minimum(indices, len(split) - 1)]
-            total = total.plus(self._sums(params, batch_stats, part.images, part.labels, indices < len(split)))
+            total = total.plus(
+                self._sums(params, batch_stats, part.images, part.labels, indices < len(split))
+            )
         return total.accuracy
 
     def batch_statistics(self, params: Any) -> Any:
@@ -98,15 +107,23 @@ class Trainer:
         Running averages belong to the params of the steps before, not to those that are deployed.
         """
         collected: Any = None
-        for count, batch in zip(range(1, self.config.statistics_batches + 1), self.batches(epoch=0), strict=False):
+        for count, batch in zip(
+            range(1, self.config.statistics_batches + 1), self.batches(epoch=0), strict=False
+        ):
             new = self._statistics(params, batch.images, jnp.int32(count))
             share = 1 / count
-            collected = new if collected is None else jax.tree.map(lambda a, b: a + (b - a) * share, collected, new)
+            collected = (
+                new
+                if collected is None
+                else jax.tree.map(lambda a, b: a + (b - a) * share, collected, new)
+            )
         return collected
 
     def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
         if self.config.augment:
-            images = augment(jax.random.fold_in(jax.random.key(self.config.seed), state.step), images)
+            images = augment(
+                jax.random.fold_in(jax.random.key(self.config.seed), state.step), images
+            )
 
         def loss(params: Any) -> tuple[Array, tuple[Array, Any]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -119,10 +136,14 @@ class Trainer:
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
-        metrics = Metrics(value * len(labels), correct.astype(jnp.float32), jnp.float32(len(labels)))
+        metrics = Metrics(
+            value * len(labels), correct.astype(jnp.float32), jnp.float32(len(labels))
+        )
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
-    def _batch_sums(self, params: Any, batch_stats: Any, images: Array, labels: Array, counts: Array) -> Metrics:
+    def _batch_sums(
+        self, params: Any, batch_stats: Any, images: Array, labels: Array, counts: Array
+    ) -> Metrics:
         variables = {"params": params, "batch_stats": batch_stats}
         logits = self.model.apply(variables, normalize(images, self.mean, self.std), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -134,4 +155,6 @@ class Trainer:
             images = augment(jax.random.fold_in(jax.random.key(self.config.seed), -count), images)
         forgetful = self.model.clone(bn_momentum=0.0)
         inputs = normalize(images, self.mean, self.std)
-        return forgetful.apply({"params": params}, inputs, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+        return forgetful.apply({"params": params}, inputs, train=True, mutable=["batch_stats"])[1][
+            "batch_stats"
+        ]

@@ -16,7 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, options = parse(arguments)
     try:
         loaded = data.load(
-            config.dataset, config.image_size, config.validation, config.train_examples, progress=not options.quiet
+            config.dataset,
+            config.image_size,
+            config.validation,
+            config.train_examples,
+            progress=not options.quiet,
         )
         progress = Progress(config.epochs * len(loaded.train), quiet=options.quiet)
         result = run(config, loaded, progress, options.resume)
@@ -31,9 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     if rows:
         print("\n" + table(rows))
-    print(f"\ntest accuracy: {result['test_current']:.2%} current, {result['test_deployed']:.2%} deployed")
-    print(f"bits per quantized weight: {result['bits_per_weight']:.3f}; all params: {result['bytes'] / 1024:,.0f} KiB")
-    picture = plots.plot_runs({f"{config.method} {config.set}": config.directory}, Path(config.directory) / "run.png")
+    print(
+        f"\ntest accuracy: {result['test_current']:.2%} current, {result['test_deployed']:.2%} deployed"
+    )
+    print(
+        f"bits per quantized weight: {result['bits_per_weight']:.3f}; all params: {result['bytes'] / 1024:,.0f} KiB"
+    )
+    picture = plots.plot_runs(
+        {f"{config.method} {config.set}": config.directory}, Path(config.directory) / "run.png"
+    )
     print(f"written: {picture} and, beside it, log.jsonl and checkpoints")
     return 0
 

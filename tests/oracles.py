@@ -1,4 +1,5 @@
-"""Slow references in NumPy float64, written from the definitions and sharing nothing with the library.
+"""Slow references in NumPy float64, written from the definitions and sharing nothing with the
+library.
 
 A *group* is a one-dimensional array of the weights that share one scale.
 """
@@ -34,10 +35,10 @@ def error(group, scale, levels):
 def optimum(group, levels, limit=1 << 20):
     """(scale, squared error) of the global minimizer of E.
 
-    An entry's nearest magnitude changes from m to the next, m', where |w| = s·(m + m')/2. Between two
-    such breakpoints the codes q are constant, E is quadratic, and no other scale does better with these
-    codes than Σw² − ⟨a, q⟩²/⟨q, q⟩. Scan all breakpoints from large s to small; a window with more than
-    `limit` of them is halved first, to bound memory.
+    An entry's nearest magnitude changes from m to the next, m', where |w| = s·(m + m')/2. Between
+    two such breakpoints the codes q are constant, E is quadratic, and no other scale does better
+    with these codes than Σw² − ⟨a, q⟩²/⟨q, q⟩. Scan all breakpoints from large s to small; a window
+    with more than `limit` of them is halved first, to bound memory.
     """
     a = np.sort(np.abs(np.asarray(group, np.float64)))
     if a.size == 0 or a[-1] == 0:
@@ -84,7 +85,8 @@ def ternary(group):
 
 
 def ternary_threshold(group, factor):
-    """(codes, scale, cut) of ternary weight networks: nonzero above factor·mean |w|, s the mean there."""
+    """(codes, scale, cut) of ternary weight networks: nonzero above factor·mean |w|, s the mean
+    there."""
     w = np.asarray(group, np.float64)
     cut = factor * np.mean(np.abs(w))
     above = np.abs(w) > cut
@@ -93,7 +95,8 @@ def ternary_threshold(group, factor):
 
 
 def channel_groups(shape, axes):
-    """(index of the group's entries, index of its scale) for each combination of indices along `axes`."""
+    """(index of the group's entries, index of its scale) for each combination of indices along
+    `axes`."""
     axes = [axis % len(shape) for axis in axes]
     for place in itertools.product(*(range(shape[axis]) for axis in axes)):
         entries, scale = [slice(None)] * len(shape), [0] * len(shape)

@@ -1,7 +1,8 @@
-"""In phase II every scale group holds at most |L| distinct values, bit for bit, after plain `apply_updates`.
+"""In phase II every scale group holds at most |L| distinct values, bit for bit, after plain
+`apply_updates`.
 
-Compilation dominates these tests: one program holds a leaf for each set and granularity, and serves every case, whose
-numbers are its arguments.
+Compilation dominates these tests: one program holds a leaf for each set and granularity, and serves
+every case, whose numbers are its arguments.
 """
 
 import dataclasses
@@ -59,8 +60,9 @@ NEVER = 10**6
 class Case:
     """How the weights move.
 
-    `kick` adds a multiple of the float weights to the gradients, in units in which 2 flips every sign under SGD, and
-    1 − `jump` is such a multiple in one step of phase II, which multiplies the weights by `jump`.
+    `kick` adds a multiple of the float weights to the gradients, in units in which 2 flips every
+    sign under SGD, and 1 − `jump` is such a multiple in one step of phase II, which multiplies the
+    weights by `jump`.
     """
 
     hard_from: int = NEVER
@@ -96,40 +98,32 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_params_are_exactly_quantized(dtype, form, case):
     trace = run(dtype, form, case)
-    faults, excused = [], []
-    for name, qset in leaves_of(dtype, form).items():
-        faults += faults_of(trace, name, qset, dtype, case.exact_from, excused)
+    faults = [
+        fault
+        for name, qset in leaves_of(dtype, form).items()
+        for fault in faults_of(trace, name, qset, dtype, case.exact_from)
+    ]
     assert not faults, f"{len(faults)} leaves and steps, such as {faults[:5]}"
-    assert np.mean(np.concatenate(excused, axis=None)) < (0.25 if case.heavy else 0.1)
 
 
-def faults_of(trace, name, qset, dtype, exact_from, excused):
-    """Steps in which a group of a leaf has too many values, or is not what `quantized_params` returns.
-
-    Groups whose scale jumps in a step more than 16-fold (twofold in 16-bit dtypes) may be one ulp off in it.
-    """
+def faults_of(trace, name, qset, dtype, exact_from):
+    """Steps in which a group of a leaf has too many values, or is not what `quantized_params` returns."""
     p, q, scale = (trace[part][name] for part in ("params", "quantized", "scales"))
     values = grouped(p.astype(np.float64), qset.granularity)
     wanted = grouped(q.astype(np.float64), qset.granularity)
-    scale = scale.reshape(len(scale), -1)
-    before = np.concatenate([scale[:1], scale[:-1]])
-    jumped = np.maximum(scale / before, before / scale) > (16 if dtype == "float32" else 2)
-    if dtype == "bfloat16" and qset.levels[-1] > 31:  # no bits are left for a change of scale
-        jumped = scale != before
-    sorted_values = np.sort(values, axis=-1)
-    distinct = 1 + np.count_nonzero(np.diff(sorted_values, axis=-1), axis=-1)
+    distinct = 1 + np.count_nonzero(np.diff(np.sort(values, axis=-1), axis=-1), axis=-1)
     unequal = grouped(bits(p) != bits(q), qset.granularity).any(-1)
-    wrong = (unequal | (distinct > len(qset.levels)) | np.isnan(values).any(-1))[exact_from:]
-    excused.append(jumped[exact_from:])
-    largest = np.abs(values).max(-1)
-    largest = np.maximum(largest, np.concatenate([largest[:1], largest[:-1]]))
-    ulp = float(jnp.finfo(dtype).eps) * largest
-    far = (np.abs(values - wanted).max(-1) > ulp)[exact_from:]
-    wrong = np.where(jumped[exact_from:], far, wrong)
+    wrong = unequal | (distinct > len(qset.levels)) | np.isnan(values).any(-1)
+    if dtype == "bfloat16" and isinstance(qset, brx.Uniform) and qset.bits >= 7:
+        # Such scales are powers of two, and entries may be one ulp off in a step that changes one.
+        changed = np.diff(scale.reshape(len(scale), -1), axis=0, prepend=np.nan) != 0
+        largest = np.maximum(np.abs(values), np.roll(np.abs(values), 1, axis=0)).max(-1)
+        far = np.abs(values - wanted).max(-1) > float(jnp.finfo(dtype).eps) * largest
+        wrong = np.where(changed, far, wrong)
     return [
-        (name, f"step {exact_from + t}", f"{int(n)} groups")
-        for t, n in enumerate(wrong.sum(-1))
-        if n
+        (name, f"step {step}", f"{int(n)} groups")
+        for step, n in enumerate(wrong.sum(-1))
+        if n and step >= exact_from
     ]
 
 
@@ -147,18 +141,26 @@ def test_jumps_of_the_scale_are_exact_in_the_same_step(dtype, form, direction):
     assert followed, f"no scale jumped {factor}-fold: {ratios}"
 
 
-def test_a_larger_jump_is_repaired_by_the_next_update():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtype):
+    leaves = {"binary": LEAVES["binary-channel"], "threshold": SETS["threshold"]}
     rng = np.random.default_rng(5)
-    params = {"kernel": jnp.asarray(rng.standard_normal(SHAPE), "float32")}
-    optimizer = brx.binary_connect(optax.sgd(1.0), brx.Binary())
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
-    for step, growth in enumerate([1, 1, 1, 1000, 1, 1e-3, 1]):
-        grads = jax.tree.map(lambda y, g=growth: (1 - g) * y, brx.float_params(state, params))
+    params = {name: jnp.asarray(rng.standard_normal(SHAPE), dtype) for name in leaves}
+    optimizer = brx.binary_connect(optax.sgd(1.0), rules(leaves))
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    rest = [1] * 12
+    for step, growth in enumerate([*rest, 1000, *rest, 1e-3, *rest]):
+        # The factor spreads, and some signs flip.
+        factors = growth * rng.choice([1, 1.1, -1], SHAPE)
+        grads = jax.tree.map(lambda y, f=factors: (1 - f) * y, brx.float_params(state, params))
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        if step >= 2 and growth == 1:
-            assert_exact(state, params, {"kernel": brx.Binary()})
+        if step >= 2:
+            assert_exact(state, params, leaves)
+        if step in (11, 24, 37):
+            y, q = (read(state, params) for read in (brx.float_params, brx.quantized_params))
+            wanted = leaves["binary"].project(y["binary"])
+            np.testing.assert_allclose(q["binary"], wanted, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,7 @@ def test_quantized_params_are_the_projection_of_the_float_params(name, case):
         ys, qs = (grouped(x[None].astype(np.float64), qset.granularity)[0] for x in (y, q))
         for y, q, scale in zip(ys, qs, scale.ravel(), strict=True):
             if isinstance(qset, brx.TernaryThreshold):
-                codes, best = oracles.ternary_threshold(y, qset.factor)
-                cut = qset.factor * np.mean(np.abs(y))
+                codes, best, cut = oracles.ternary_threshold(y, qset.factor)
                 near = np.abs(np.abs(y) / cut - 1) < 1e-3
                 assert abs(scale / best - 1) < rounding or near.any()
                 assert np.array_equal(np.sign(q)[~near], codes[~near])
@@ -186,7 +187,7 @@ def test_quantized_params_are_the_projection_of_the_float_params(name, case):
             exact = {"binary": oracles.binary, "ternary": oracles.ternary}.get(name.split("-")[0])
             best, error = exact(y) if exact else oracles.optimum(y, levels)
             slack = np.sum((rounding * q) ** 2) + (1e-6 if exact else 1e-4) * np.sum(y**2)
-            assert oracles.nearest_error(y, scale, levels) <= error + slack
+            assert oracles.error(y, scale, levels) <= error + slack
             if isinstance(qset, brx.Binary):
                 assert abs(scale / best - 1) < rounding
 
@@ -343,7 +344,8 @@ def rules(leaves):
 
 
 def leaves_of(dtype, form):
-    """Every set in every granularity for the wrapper in float32; elsewhere each set in one, by turns."""
+    """Every set in every granularity for the wrapper in float32; elsewhere each set in one, by
+    turns."""
     if (dtype, form) == ("float32", "wrapper"):
         return LEAVES
     turn = 2 * FORMS.index(form) + DTYPES.index(dtype)
@@ -417,7 +419,7 @@ def run(dtype, form, case):
 
     leaves = leaves_of(dtype, form)
     params = {name: noise(0.05, *SHAPE) for name in leaves}
-    grads = {name: noise(0.1, STEPS, *SHAPE) for name in leaves}
+    grads = {name: noise(0.1 if case.jump == 1 else 0.005, STEPS, *SHAPE) for name in leaves}
     numbers = {name: jnp.float32(value) for name, value in dataclasses.asdict(case).items()}
     fresh_state, scan = program(dtype, form)
     (params, state), trace = scan(params, fresh_state(params), grads, numbers)

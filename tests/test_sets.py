@@ -1,4 +1,5 @@
-"""The sets: against slow references, by the conditions of optimality, and by what different sets share."""
+"""The sets: against slow references, by the conditions of optimality, and by what different sets
+share."""
 
 import dataclasses
 import functools
@@ -34,8 +35,9 @@ SETS = {
 every_set = pytest.mark.parametrize("name", SETS)
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 
-# How far the squared error may lie above the least one: relative to it, and relative to Σw². The second
-# is float32's rounding, but for 8 bits, whose search ends before it has looked at every basin of E.
+# How far the squared error may lie above the least one: relative to it, and relative to Σw². The
+# second is float32's rounding, but for 8 bits, whose search ends before it has looked at every
+# basin of E.
 EXCESS = dict.fromkeys(SETS, (1e-6, 1e-11)) | {"uniform8": (1e-6, 5e-5)}
 
 
@@ -100,7 +102,11 @@ def test_every_group_against_its_oracle(name, granularity):
         q, scales = unit_points(quantized), np.asarray(quantized.scale, np.float64)
         assert set(np.unique(q)) <= set(levels)
         for entries, place in groups(w.shape):
-            group, codes, scale = w[entries].ravel().astype(float), q[entries].ravel(), scales[place]
+            group, codes, scale = (
+                w[entries].ravel().astype(float),
+                q[entries].ravel(),
+                scales[place],
+            )
             where = f"{kind}, group {place}: scale {scale}"
             if name == "threshold":
                 expected, expected_scale, cut = oracles.ternary_threshold(group, 0.7)
@@ -153,7 +159,8 @@ def test_binary_and_ternary_down_to_the_smallest_normal_numbers():
 
 
 def test_ternary_where_alternating_minimization_fails():
-    """One group of heavy-tailed weights: from the customary starts the error ends far above the least."""
+    """One group of heavy-tailed weights: from the customary starts the error ends far above the
+    least."""
     w = np.random.default_rng(0).standard_t(1.5, 36_864).astype(np.float32)
     quantized = jax.jit(brx.Ternary().quantize)(w)
     error = np.sum((w - float(quantized.scale[0]) * unit_points(quantized)) ** 2)
@@ -186,7 +193,8 @@ def test_symmetries(name, kind):
     # A power of two passes through the arithmetic unchanged.
     for factor in (2.0**20, 2.0**-20):
         np.testing.assert_array_equal(both(w * np.float32(factor))[0], factor * projection)
-    # Signs: only a zero, which Binary and its like send to the least positive level, has no mirror image.
+    # Signs: only a zero, which Binary and its like send to the least positive level, has no mirror
+    # image.
     negative = both(-w)[0]
     np.testing.assert_array_equal(np.where(w == 0, projection, -negative), projection)
     # The order of a group's entries changes nothing but rounding.
@@ -272,7 +280,10 @@ def test_16_bit_weights_have_scales_of_32_bits(name, dtype):
         np.testing.assert_array_equal(projection, quantized.dequantize())
         exact, q = np.asarray(w, np.float64), unit_points(quantized)
         for entries, place in groups(w.shape):
-            group, points = exact[entries].ravel(), float(quantized.scale[place]) * q[entries].ravel()
+            group, points = (
+                exact[entries].ravel(),
+                float(quantized.scale[place]) * q[entries].ravel(),
+            )
             error = np.sum((group - points) ** 2)
             if name == "threshold":
                 codes, scale, _ = oracles.ternary_threshold(group, 0.7)
@@ -288,7 +299,9 @@ def test_float64_is_computed_in_float64(name):
     with jax.enable_x64(True):
         both, groups = case(name)
         projection, quantized = both(w)
-        assert projection.dtype == quantized.dequantize().dtype == quantized.scale.dtype == jnp.float64
+        assert (
+            projection.dtype == quantized.dequantize().dtype == quantized.scale.dtype == jnp.float64
+        )
         for entries, place in groups(SHAPE):
             group = w[entries].ravel()
             q = unit_points(quantized)[entries].ravel()
@@ -349,7 +362,8 @@ def test_quantized_is_a_pytree_of_codes_and_scale(name):
     [("binary", "tensor"), ("ternary", "block"), ("threshold", "channel")],
 )
 def test_derivative_against_finite_differences(name, granularity):
-    """Where no code changes, the projection is linear in w: a difference quotient is exact but for rounding."""
+    """Where no code changes, the projection is linear in w: a difference quotient is exact but for
+    rounding."""
     rng = np.random.default_rng(0)
     w, tangent = rng.standard_normal((2, *SHAPE))
     qset = dataclasses.replace(SETS[name], granularity=GRANULARITIES[granularity][0])

@@ -125,7 +125,7 @@ def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> A
 
 
 def landing_point(w: Array, p: Array, grid: Grid, last: Grid) -> Array:
-    """Where to send p: to w on the grid; or, if it cannot arrive and is off its grid, onto the grid.
+    """Where to send p: to w on the grid, or onto the grid if p is off it and cannot arrive.
 
     Args:
       w: the weights wanted, at least float32.

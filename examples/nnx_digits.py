@@ -1,0 +1,85 @@
+"""BinaryRelax with Flax NNX: `python -m examples.nnx_digits` trains a ternary network on handwritten digits.
+
+Only the optimizer is wrapped; the model, the loss and the loop are those of any NNX program.
+"""
+
+import brelax_jax as brx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+EPOCHS, BATCH = 30, 64
+
+
+class Network(nnx.Module):
+    """Two convolutions and a dense layer."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.stem = nnx.Conv(1, 32, (3, 3), rngs=rngs)
+        self.conv = nnx.Conv(32, 64, (3, 3), strides=2, rngs=rngs)
+        self.head = nnx.Linear(4 * 4 * 64, 10, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = nnx.relu(self.stem(x))
+        x = nnx.relu(self.conv(x))
+        return self.head(x.reshape(len(x), -1))
+
+
+def loss(model: Network, images: Array, labels: Array) -> Array:
+    """Mean cross entropy."""
+    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+
+
+@nnx.jit
+def train_step(
+    model: Network, optimizer: nnx.Optimizer[Network], images: Array, labels: Array
+) -> None:
+    """One step of any optimizer."""
+    optimizer.update(model, nnx.grad(loss)(model, images, labels))
+
+
+def main(epochs: int = EPOCHS) -> float:
+    """Trains, prints the test accuracy and each kernel's number of values, and returns the accuracy."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    train, test, train_labels, test_labels = train_test_split(
+        images, labels, stratify=labels, random_state=0
+    )
+    steps = epochs * (len(train) // BATCH)
+
+    model = Network(nnx.Rngs(0))
+    base = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+    hard_from = 3 * steps // 4
+    relaxed = brx.binary_relax(base, brx.Ternary(), brx.linear_continuation(hard_from), hard_from)
+    optimizer = nnx.Optimizer(
+        model, relaxed, wrt=nnx.Param
+    )  # was: nnx.Optimizer(model, base, wrt=nnx.Param)
+
+    rng = np.random.default_rng(0)
+    for _ in range(epochs):
+        order = rng.permutation(len(train))
+        for start in range(0, len(train) - BATCH + 1, BATCH):
+            batch = order[start : start + BATCH]
+            train_step(
+                model, optimizer, jnp.asarray(train[batch]), jnp.asarray(train_labels[batch])
+            )
+
+    accuracy = float(jnp.mean(jnp.argmax(model(jnp.asarray(test)), axis=-1) == test_labels))
+    print(f"test accuracy {accuracy:.1%}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    ):
+        if leaf.ndim > 1:
+            print(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {len(np.unique(leaf))} distinct values"
+            )
+    return accuracy
+
+
+if __name__ == "__main__":
+    main()
