@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import brelax_jax as brx
 import jax
 import jax.numpy as jnp
 import optax
+
+import brelax_jax as brx
 
 RUNS = 15
 

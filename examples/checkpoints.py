@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: written whole or not at all, the last two kept."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ class Checkpoints:
             found = self._read(epoch, **args)
             return TrainState(**found["model"], **found["rest"])
 
-        return self._last_whole(read)
+        found = self._last_whole(read)
+        for epoch in self.epochs():
+            if found is not None and epoch > found[0]:  # damaged, and in the way of the new one
+                self._manager.delete(epoch)
+        return found
 
     def restore_model(self, like: TrainState, config: Config) -> TrainState:
         """The state `like`, with the params and batch statistics of the last whole checkpoint.
@@ -76,7 +81,9 @@ class Checkpoints:
                     f"The run in {self.path.parent} trained another network:\n  "
                     + "\n  ".join(changed)
                 )
-            return like.replace(**self._read(epoch, model=ocp.args.StandardRestore(model))["model"])
+            return like._replace(
+                **self._read(epoch, model=ocp.args.StandardRestore(model))["model"]
+            )
 
         found = self._last_whole(read)
         if found is None:
@@ -86,28 +93,18 @@ class Checkpoints:
     def _read(self, epoch: int, **args: Any) -> Any:
         return self._manager.restore(epoch, args=ocp.args.Composite(**args))
 
-    def _last_whole(self, read: Any) -> tuple[int, TrainState] | None:
+    def _last_whole(self, read: Callable[[int], TrainState]) -> tuple[int, TrainState] | None:
         """The first checkpoint, from the last one back, that can be read."""
         for epoch in self.epochs():
             try:
                 return epoch, read(epoch)
             except OtherConfiguration:
                 raise
-            except (
-                Exception
-            ) as error:  # Orbax and TensorStore have no common one for what is damaged
-                reason = (
-                    str(error).strip().splitlines()[0][:200]
-                    if str(error).strip()
-                    else type(error).__name__
-                )
-                print(
-                    f"Warning: the checkpoint after epoch {epoch} in {self.path} is damaged ({reason})."
-                )
+            except Exception as error:  # what is damaged raises errors of many kinds
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+                print(f"Warning: checkpoint {self.path / str(epoch)} is damaged: {reason}")
         if self.epochs():
-            raise ValueError(
-                f"No checkpoint in {self.path} can be read. Remove {self.path.parent} to start again."
-            )
+            raise ValueError(f"No checkpoint in {self.path} can be read. Remove it to start again.")
         return None
 
 

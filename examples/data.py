@@ -127,7 +127,7 @@ def _tfds(name: str, image_size: int | None, progress: bool) -> tuple[Split, Spl
             f"such as {', '.join(ALSO)}."
             + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
-    builder = tfds.builder(name)
+    builder: Any = tfds.builder(name)
     features = builder.info.features
     if not {"image", "label"} <= set(features or ()):
         raise ValueError(
@@ -135,11 +135,11 @@ def _tfds(name: str, image_size: int | None, progress: bool) -> tuple[Split, Spl
         )
     if not builder.is_prepared():
         raise FileNotFoundError(PREPARE.format(name=name, place=builder.data_path))
-    if str(builder.info.file_format.value) in ("tfrecord", "riegeli"):  # not for random access
+    if builder.info.file_format.value not in ("array_record", "parquet"):  # no random access
+        remedy = PREPARE.format(name=name, place="the format array_record")
         raise FileNotFoundError(
-            f"{builder.data_path} is in the format {builder.info.file_format.value}, which cannot be read without "
-            "TensorFlow. Remove it, or set TFDS_DATA_DIR to another place.\n"
-            + PREPARE.format(name=name, place="array_record format")
+            f"{builder.data_path} is of the format {builder.info.file_format.value}, which needs "
+            f"TensorFlow to be read. Remove it, or set TFDS_DATA_DIR to another place.\n{remedy}"
         )
     held_out = next((s for s in ("test", "validation") if s in builder.info.splits), None)
     if held_out is None or "train" not in builder.info.splits:

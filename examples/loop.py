@@ -69,8 +69,10 @@ def start(
     if found is not None:
         return found
     if config.warm_start is not None:
+        if not Path(config.warm_start).is_dir():
+            raise ValueError(f"There is no run to start from in {config.warm_start}.")
         state = Checkpoints(config.warm_start).restore_model(state, config)
-        state = state.replace(opt_state=trainer.optimizer.init(state.params))
+        state = state._replace(opt_state=trainer.optimizer.init(state.params))
     return 0, state
 
 

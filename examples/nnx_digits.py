@@ -1,9 +1,8 @@
-"""BinaryRelax with Flax NNX: `python -m examples.nnx_digits` trains a ternary network on handwritten digits.
+"""BinaryRelax with Flax NNX: a ternary network for handwritten digits.
 
 Only the optimizer is wrapped; the model, the loss and the loop are those of any NNX program.
 """
 
-import brelax_jax as brx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,10 @@ from flax import nnx
 from jax import Array
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+import brelax_jax as brx
+
+import brelax_jax as brx
 
 EPOCHS, BATCH = 30, 64
 
@@ -44,7 +47,7 @@ def train_step(
 
 
 def main(epochs: int = EPOCHS) -> float:
-    """Trains, prints the test accuracy and each kernel's number of values, and returns the accuracy."""
+    """Trains; prints and returns the test accuracy, and prints how many values each kernel has."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     train, test, train_labels, test_labels = train_test_split(

@@ -2,7 +2,7 @@
 their levels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PALETTE = ("#1f6fb4", "#d1495b", "#3a9d6e", "#e09f3e", "#6d597a", "#4f5d75")
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
     "axes.edgecolor": "#888888", "axes.axisbelow": True, "font.size": 9, "axes.titlesize": 10,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False, "figure.dpi": 160,
@@ -23,7 +23,7 @@ STYLE = {
 
 
 def plot_runs(
-    runs: dict[str, str | Path], path: str | Path, float_run: str | Path | None = None
+    runs: Mapping[str, str | Path], path: str | Path, float_run: str | Path | None = None
 ) -> Path:
     """Draws runs beside each other.
 
@@ -70,7 +70,7 @@ def split_of(log: Sequence[dict[str, Any]]) -> str:
 
 
 def accuracy_panel(axes: Any, logs: dict[str, Any], float_log: Any) -> None:
-    """Accuracy over epochs, of the deployed params and, where there is one run only, of the current ones."""
+    """Accuracy of the deployed params over epochs; of the current ones, too, if there is one run."""
     lowest = 1.0
     split = split_of(next(iter(logs.values())))
     for color, (name, log) in zip(PALETTE * len(logs), logs.items(), strict=False):
@@ -89,9 +89,7 @@ def accuracy_panel(axes: Any, logs: dict[str, Any], float_log: Any) -> None:
         goal = of(float_log, "epoch")[-1][f"{split}_deployed"]
         axes.axhline(100 * goal, color="#333333", lw=1, ls=":", label="float, where they start")
     axes.set_ylim(max(0, 100 * lowest - 0.35 * (100 - 100 * lowest) - 1), 100.5)
-    axes.set(
-        ylabel=f"{split} accuracy (%)", title="Accuracy, weights projected (thin: as they are)"
-    )
+    axes.set(ylabel=f"{split} accuracy (%)", title="Accuracy of the deployed network")
     axes.legend(loc="lower right", fontsize=8)
     axes.tick_params(labelbottom=False)
 

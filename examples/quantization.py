@@ -23,9 +23,12 @@ def parse_granularity(word: str) -> brx.PerTensor | brx.PerChannel | brx.PerBloc
                 return brx.PerChannel(*axis)
             case "block", [size, *axis] if len(axis) < 2:
                 return brx.PerBlock(size, *axis)
+            case _:
+                raise ValueError("not of that form")
     except ValueError as error:
-        raise ValueError(f"Granularity {word!r}: {error}. Known: {GRANULARITIES}.") from None
-    raise ValueError(f"Unknown granularity {word!r}. Known: {GRANULARITIES}.")
+        raise ValueError(
+            f"Unknown granularity {word!r} ({error}). Known: {GRANULARITIES}."
+        ) from None
 
 
 def parse_set(word: str, granularity: str = "tensor") -> brx.QuantizedSet:
@@ -75,7 +78,8 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
         plain = optax.piecewise_constant_schedule(config.lr, drops)
     most = math.inf if config.hard_lr is None else config.hard_lr
     hard_step = round(config.hard_epoch * steps_per_epoch)
-    return lambda count: jnp.minimum(plain(count), jnp.where(count < hard_step, math.inf, most))
+    cap = optax.join_schedules([lambda count: math.inf, lambda count: most], [hard_step])
+    return lambda count: jnp.minimum(plain(count), cap(count))
 
 
 def continuation(config: Config, steps_per_epoch: int) -> optax.Schedule:

@@ -4,11 +4,10 @@ A compiled loop around convolutions would run several times slower on CPU than a
 Python.
 """
 
-import operator
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +21,7 @@ from examples.models import make_model
 from examples.quantization import learning_rate, make_optimizer
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """What a checkpoint keeps: all that the next step depends on, besides the data."""
 
     step: Array
@@ -37,21 +35,21 @@ class Metrics(NamedTuple):
 
     loss: Array | float = 0.0
     correct: Array | float = 0.0
-    count: Array | float = 0.0
+    images: Array | float = 0.0
 
     def plus(self, other: "Metrics") -> "Metrics":
         """The sums over both."""
-        return Metrics(*map(operator.add, self, other))
+        return Metrics(*(a + b for a, b in zip(self, other, strict=True)))
 
     @property
     def mean_loss(self) -> float:
         """Mean cross entropy; waits for the device."""
-        return float(self.loss) / float(self.count)
+        return float(self.loss) / float(self.images)
 
     @property
     def accuracy(self) -> float:
         """Share of correct answers; waits for the device."""
-        return float(self.correct) / float(self.count)
+        return float(self.correct) / float(self.images)
 
 
 class Trainer:
@@ -61,13 +59,11 @@ class Trainer:
         self.config, self.data = config, data
         self.model = make_model(config.model, data.classes, config.dtype)
         self.batch = min(config.batch, len(data.train))
-        self.steps_per_epoch = (
-            len(data.train) // self.batch
-        )  # whole batches; the rest of an order is left out
+        self.steps_per_epoch = len(data.train) // self.batch  # whole batches only
         self.images_per_epoch = self.steps_per_epoch * self.batch
         self.learning_rate = learning_rate(config, self.steps_per_epoch)
         self.optimizer = make_optimizer(config, self.steps_per_epoch)
-        self.mean, self.std = data.channel_moments
+        self.mean, self.std = map(jnp.asarray, data.channel_moments)
         self.step = jax.jit(self._step, donate_argnums=0)
         self._sums = jax.jit(self._batch_sums)
         self._statistics = jax.jit(self._batch_statistics)
@@ -80,9 +76,7 @@ class Trainer:
         return TrainState(jnp.zeros((), jnp.int32), params, stats, self.optimizer.init(params))
 
     def batches(self, epoch: int) -> Iterator[Split]:
-        """The training batches of an epoch, in an order that depends on the seed and the epoch
-        only.
-        """
+        """The training batches of an epoch, in an order made from the seed and the epoch only."""
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data.train))
         for start in range(0, self.images_per_epoch, self.batch):
             yield self.data.train[order[start : start + self.batch]]
@@ -92,9 +86,7 @@ class Trainer:
         total = Metrics()
         size = min(500, len(split))
         for start in range(0, len(split), size):
-            indices = np.arange(
-                start, start + size
-            )  # past the end: the last image again, which does not count
+            indices = np.arange(start, start + size)  # past the end: the last image, not counted
             part = split[np.minimum(indices, len(split) - 1)]
             total = total.plus(
                 self._sums(params, batch_stats, part.images, part.labels, indices < len(split))
@@ -106,18 +98,12 @@ class Trainer:
 
         Running averages belong to the params of the steps before, not to those that are deployed.
         """
-        collected: Any = None
-        for count, batch in zip(
-            range(1, self.config.statistics_batches + 1), self.batches(epoch=0), strict=False
-        ):
-            new = self._statistics(params, batch.images, jnp.int32(count))
-            share = 1 / count
-            collected = (
-                new
-                if collected is None
-                else jax.tree.map(lambda a, b: a + (b - a) * share, collected, new)
-            )
-        return collected
+        batches = itertools.islice(self.batches(epoch=0), self.config.statistics_batches)
+        collected = [
+            self._statistics(params, batch.images, jnp.int32(number))
+            for number, batch in enumerate(batches, start=1)
+        ]
+        return jax.tree.map(lambda *each: sum(each) / len(each), *collected)
 
     def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
         if self.config.augment:
@@ -145,14 +131,16 @@ class Trainer:
         self, params: Any, batch_stats: Any, images: Array, labels: Array, counts: Array
     ) -> Metrics:
         variables = {"params": params, "batch_stats": batch_stats}
-        logits = self.model.apply(variables, normalize(images, self.mean, self.std), train=False)
+        logits: Any = self.model.apply(
+            variables, normalize(images, self.mean, self.std), train=False
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = jnp.argmax(logits, axis=-1) == labels
         return Metrics(jnp.sum(losses * counts), jnp.sum(correct * counts), jnp.sum(counts))
 
-    def _batch_statistics(self, params: Any, images: Array, count: Array) -> Any:
+    def _batch_statistics(self, params: Any, images: Array, number: Array) -> Any:
         if self.config.augment:  # the running averages are of augmented images, too
-            images = augment(jax.random.fold_in(jax.random.key(self.config.seed), -count), images)
+            images = augment(jax.random.fold_in(jax.random.key(self.config.seed), -number), images)
         forgetful = self.model.clone(bn_momentum=0.0)
         inputs = normalize(images, self.mean, self.std)
         return forgetful.apply({"params": params}, inputs, train=True, mutable=["batch_stats"])[1][

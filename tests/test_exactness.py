@@ -50,8 +50,8 @@ OPTIMIZERS = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("wrapper", "chain")
-SHAPE = (32, 12)
-STEPS = 22
+SHAPE = (16, 12)
+STEPS = 19
 JUMP = 14
 NEVER = 10**6
 
@@ -107,7 +107,7 @@ def test_params_are_exactly_quantized(dtype, form, case):
 
 
 def faults_of(trace, name, qset, dtype, exact_from):
-    """Steps in which a group of a leaf has too many values, or is not what `quantized_params` returns."""
+    """Steps in which groups have too many values, or are not what `quantized_params` returns."""
     p, q, scale = (trace[part][name] for part in ("params", "quantized", "scales"))
     values = grouped(p.astype(np.float64), qset.granularity)
     wanted = grouped(q.astype(np.float64), qset.granularity)

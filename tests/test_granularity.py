@@ -1,5 +1,6 @@
 """Which weights share a scale: against a bookkeeping of the tests' own, without any arithmetic."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def test_dequantize_gives_each_entry_the_scale_of_its_group(granularity, shape, 
     groups = granularity.groups(shape)
     scale = jnp.arange(1.0, 1 + np.prod(groups.scale, dtype=int)).reshape(groups.scale)
     codes = jnp.ones(shape, jnp.int8)
-    weights = brx.Quantized(codes, scale, (0.0, 1.0), jnp.dtype(jnp.float32)).dequantize()
+    quantized = brx.Quantized(codes, scale, (0.0, 1.0), jnp.dtype(jnp.float32))
+    weights = jax.jit(brx.Quantized.dequantize)(quantized)
     assert weights.shape == shape
     for entries, place in expected(shape):
         np.testing.assert_array_equal(weights[entries], scale[place])
@@ -67,7 +69,7 @@ def test_dequantize_gives_each_entry_the_scale_of_its_group(granularity, shape, 
 )
 def test_granularities_that_coincide(one, other):
     w = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
-    projections = [brx.Binary(granularity=kind).project(w) for kind in (one, other)]
+    projections = [jax.jit(brx.Binary(granularity=kind).project)(w) for kind in (one, other)]
     np.testing.assert_allclose(*projections, rtol=1e-6)
 
 

@@ -87,16 +87,17 @@ def test_lambda_infinity_is_binary_connect():
 
 
 def test_decay_and_trust_ratios_act_on_the_float_weights():
-    """The base optimizer alone, fed with the same gradients and the float weights, moves as they do."""
+    """The base alone, fed with the same gradients and the float weights, moves as they do."""
     base = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(0.05, weight_decay=0.1))
     optimizer = brx.binary_relax(base, RULES, 3.0)
     params = make_params()
     state, floats, base_state = optimizer.init(params), params, base.init(params)
+    update, base_update = jax.jit(optimizer.update), jax.jit(base.update)
     for t in range(4):
         grads = jax.tree.map(lambda x, t=t: jnp.cos(3 * x + t), params)
-        updates, base_state = base.update(grads, base_state, floats)
+        updates, base_state = base_update(grads, base_state, floats)
         floats = optax.apply_updates(floats, updates)
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         chex.assert_trees_all_close(brx.float_params(state, params), floats, rtol=1e-5, atol=1e-6)
 
@@ -128,7 +129,10 @@ def test_the_state_is_one_float_copy_and_one_scale_a_group_over_the_base():
     params, base = make_params(), optax.adam(0.1)
     kernels = sum(params[name]["kernel"].size for name in SETS)
     groups = sum(brx_groups(qset) for qset in SETS.values()) + 1  # and the threshold's cut
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+
+    def size(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
     state = brx.binary_relax(base, RULES, 1.0).init(params)
     assert size(state) == size(base.init(params)) + kernels + groups + 2
 
@@ -217,7 +221,7 @@ def test_injected_hyperparameters_are_set_at_run_time():
     params, state = run(optimizer, params, 1, state=state)[-1]
     assert float(brx.strength(state)) == 0.75
     state.hyperparams["hard_from"] = jnp.zeros_like(state.hyperparams["hard_from"])
-    params, state = run(optimizer, params, 1, state=state)[-1]
+    _, state = run(optimizer, params, 1, state=state)[-1]
     assert float(brx.strength(state)) == 1
 
 
@@ -249,7 +253,7 @@ def test_states_are_saved_and_restored(tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         chex.assert_trees_all_equal(checkpointer.restore(tmp_path / "state", like), state)
-    assert int(optax.tree.get(state, "count")) == 4 or int(state.count) == 2
+    assert float(optax.tree.get(state, "lam")) == 1
 
 
 def test_tree_map_params_and_stable_structure():
@@ -269,6 +273,7 @@ def test_tree_map_params_and_stable_structure():
 def test_vmap_over_seeds():
     optimizer = brx.binary_connect(optax.sgd(0.1), RULES)
 
+    @jax.jit
     def train(key):
         params = jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), make_params())
         state = optimizer.init(params)
