@@ -5,6 +5,7 @@ prepared.
 import dataclasses
 import difflib
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,13 @@ ALSO = (
 )
 
 PREPARE = """\
-{name} is not prepared in {place} (TFDS_DATA_DIR sets another place). To download and prepare it,
-once:
+{name} is not prepared in {place} (TFDS_DATA_DIR sets another place).
+To download and prepare it, once:
     pip install "brelax_jax[prepare]"
     python -c "import tensorflow_datasets as tfds; \
 tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-The extra brings TensorFlow, which TFDS needs for this step only. Without a network, try --dataset
-digits."""
+The extra brings TensorFlow, which TFDS needs for this step only.
+Without a network, try --dataset digits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _tfds(name: str, image_size: int | None, progress: bool) -> tuple[Split, Spl
             f"such as {', '.join(ALSO)}."
             + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
-    builder: Any = tfds.builder(name)
+    builder: Any = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
     features = builder.info.features
     if not {"image", "label"} <= set(features or ()):
         raise ValueError(

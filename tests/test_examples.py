@@ -1,0 +1,341 @@
+"""The training program: its settings, messages, data, models, checkpoints and evaluations."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brelax_jax as brx
+from examples import cli, data, demo, plots, report, train
+from examples.checkpoints import Checkpoints
+from examples.config import PRESETS, Config
+from examples.log import Log, read
+from examples.loop import deployed, run
+from examples.models import MODELS, make_model
+from examples.progress import Progress
+from examples.quantization import continuation, layer_sets, learning_rate, parse_set
+from examples.steps import Trainer
+
+TINY = Config(epochs=2, batch=64, train_examples=256, validation=0.2, statistics_batches=2)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load("digits", validation=0.2, train_examples=256)
+
+
+@pytest.fixture(scope="module")
+def float_run(digits, tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("runs") / "float")
+    run(dataclasses.replace(TINY, method="float", out=out), digits, Progress(0, quiet=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def relaxed_run(digits, float_run, tmp_path_factory) -> Config:
+    out = str(tmp_path_factory.mktemp("runs") / "ternary")
+    config = dataclasses.replace(TINY, epochs=4, set="ternary", warm_start=float_run, out=out)
+    run(config, digits, Progress(0, quiet=True))
+    return config
+
+
+# Settings.
+
+
+def test_options_override_the_preset_and_the_preset_the_defaults():
+    config, options = cli.parse(["--preset", "paper", "--lr-drops", "3,5", "--epochs", "9"] + ["--hard-from", "7"])
+    assert (config.lr_drops, config.epochs, config.hard_from) == ((3.0, 5.0), 9, 7.0)
+    assert (config.model, config.lam_growth, config.lr_schedule) == ("vgg11", 1.04, "drops")
+    assert not options.resume
+    assert cli.parse([])[0] == Config()
+
+
+def test_the_paper_preset_is_the_authors_recipe():
+    config = Config(**PRESETS["paper"])
+    lam, lr = continuation(config, 390), learning_rate(config, 390)
+    epochs = (0, 1, 149)
+    np.testing.assert_allclose([lam(390 * e) for e in epochs], [1.04 ** (1 + e) for e in epochs], rtol=1e-4)
+    np.testing.assert_allclose([lr(390 * e) for e in (79.9, 80.1, 140.1)], [0.1, 0.01, 0.001], rtol=1e-5)
+    selection = layer_sets(config)
+    kernel = jnp.ones((3, 3, 4, 4))
+    assert selection.set_of("stem/kernel", kernel) == brx.Binary()
+    assert selection.set_of("conv_2/kernel", kernel) == brx.Binary()
+    assert selection.set_of("head/kernel", jnp.ones((4, 4))) is None
+    assert selection.set_of("BatchNorm_0/scale", jnp.ones(4)) is None
+
+
+def test_learning_rate_of_phase_two_is_capped():
+    config = dataclasses.replace(TINY, epochs=4, lr=0.1, hard_lr=1e-3)
+    lr = learning_rate(config, 10)
+    assert float(lr(29)) > 1e-3
+    np.testing.assert_allclose(float(lr(30)), 1e-3, rtol=1e-6)
+    assert float(lr(39)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("word", "granularity", "qset"),
+    [
+        ("binary", "tensor", brx.Binary()),
+        ("ternary", "channel", brx.Ternary(granularity=brx.PerChannel())),
+        ("ternary-threshold", "channel:0", brx.TernaryThreshold(granularity=brx.PerChannel(0))),
+        ("uniform4", "block:64", brx.Uniform(4, granularity=brx.PerBlock(64))),
+        ("power3", "block:8:-2", brx.PowerOfTwo(3, granularity=brx.PerBlock(8, -2))),
+        ("levels:-3,-1,1,3", "tensor", brx.ScaledLevels((-3, -1, 1, 3))),
+    ],
+)
+def test_words_for_sets(word, granularity, qset):
+    assert parse_set(word, granularity) == qset
+
+
+@pytest.mark.parametrize(
+    ("word", "granularity", "message"),
+    [
+        ("quaternary", "tensor", "Unknown set 'quaternary'.*ternary-threshold"),
+        ("uniform9", "tensor", "bits must be from 2 to 8.*uniform2"),
+        ("uniformly", "tensor", "Set 'uniformly'"),
+        ("levels:1,2", "tensor", "symmetric"),
+        ("binary", "row", "Unknown granularity 'row'.*block:SIZE"),
+        ("binary", "block", "Unknown granularity 'block'"),
+    ],
+)
+def test_words_that_name_no_set(word, granularity, message):
+    with pytest.raises(ValueError, match=message):
+        parse_set(word, granularity)
+
+
+@pytest.mark.parametrize("option", ["--validation=1", "--epochs=0", "--hard-from=99", "--lam-start=0", "--lr-drops=3"])
+def test_numbers_out_of_range_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse([option])
+    assert option.split("=")[0] in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(Config))
+
+
+# Data and models.
+
+
+def test_digits_are_split_once_for_all_runs(digits):
+    everything = data.load("digits", validation=0.2)
+    sizes = [len(split) for split in (everything.train, everything.validation, everything.test)]
+    assert sizes == [1077, 270, 450]
+    assert len(digits.train) == 256
+    images = [split.images.reshape(len(split), -1) for split in (everything.train, everything.validation, everything.test)]
+    seen = [{row.tobytes() for row in part} for part in images]
+    assert not seen[0] & seen[2] and not seen[1] & seen[2]  # noqa: PT018
+    assert set(np.bincount(everything.test.labels)) <= {43, 44, 45, 46}
+    np.testing.assert_array_equal(data.load("digits").test.images, digits.test.images)
+
+
+def test_unknown_dataset_lists_the_known(capsys):
+    assert train.main(["--dataset", "cifar11"]) == 2
+    message = capsys.readouterr().err
+    assert "'cifar11'" in message
+    assert "digits, cifar10, cifar100" in message
+    assert "Did you mean" in message
+
+
+def test_data_that_is_not_there_says_what_to_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert train.main(["--dataset", "cifar100", "--quiet"]) == 2
+    message = capsys.readouterr().err
+    assert 'pip install "brelax_jax[prepare]"' in message
+    assert "tfds.builder('cifar100', file_format='array_record').download_and_prepare()" in message
+    assert "--dataset digits" in message
+    assert str(tmp_path) in message
+
+
+def test_data_that_is_no_image_classification_is_refused():
+    with pytest.raises(ValueError, match="not an image classification"):
+        data.load("tiny_shakespeare")
+
+
+def test_cifar10_if_it_is_there():
+    try:
+        cifar = data.load("cifar10", image_size=16, train_examples=100, progress=False)
+    except FileNotFoundError:
+        pytest.skip("CIFAR-10 is not prepared")
+    assert cifar.train.images.shape == (100, 16, 16, 3)
+    assert len(cifar.test) == 10000
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_models(name):
+    side, channels = (224 if name == "resnet18" else 8 if name == "cnn" else 32), 1 if name == "cnn" else 3
+    model = make_model(name, 7, "bfloat16")
+    images = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    layer_sets(Config()).check(variables["params"])  # a stem, a head, and kernels between
+    kernels = [leaf for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1]
+    shortcuts = 3 if name == "resnet18" else 0
+    digits = "".join(filter(str.isdigit, name))
+    expected = {"cnn": 5, "vgg11": 9, "vgg16": 14}.get(name) or int(digits) + shortcuts
+    assert len(kernels) == expected
+
+
+def test_unknown_model_lists_the_known():
+    with pytest.raises(ValueError, match=r"Unknown model 'resnet9'\. Known: cnn, resnet18, .*vgg16"):
+        make_model("resnet9", 10)
+
+
+# Runs.
+
+
+def test_a_run_ends_on_the_set_and_logs_both_evaluations(relaxed_run):
+    lines = read(Log(relaxed_run.directory).path)
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    result = lines[-1]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4]
+    assert all({"validation_current", "validation_deployed", "lam", "strength"} <= line.keys() for line in epochs)
+    assert [line["lam"] == "inf" for line in epochs] == [False, False, False, True]
+    assert lines[0]["config"] == relaxed_run.to_json()
+    assert result["kind"] == "result"
+    assert [layer["distinct"] for layer in result["layers"]] == [3] * 4
+    assert 1.58 < result["bits_per_weight"] < 1.7
+    assert result["test_deployed"] > 0.5
+
+
+def test_deployed_params_are_projected_and_have_statistics_of_their_own(digits, tmp_path):
+    config = dataclasses.replace(TINY, lam_end=1.0, hard_from=2, out=str(tmp_path))
+    trainer = Trainer(config, digits)
+    state = trainer.init()
+    for batch in trainer.batches(1):
+        state, _ = trainer.step(state, batch.images, batch.labels)
+    params, statistics = deployed(trainer, state)
+    assert len(np.unique(state.params["conv_2"]["kernel"])) > 1000
+    assert len(np.unique(params["conv_2"]["kernel"])) == 2
+    np.testing.assert_array_equal(params["head"]["kernel"], state.params["head"]["kernel"])
+    moments = [trainer._statistics(params, b.images, jnp.int32(i + 1)) for i, b in zip(range(2), trainer.batches(0))]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *moments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), statistics, mean)
+    assert not np.allclose(
+        statistics["BatchNorm_2"]["mean"], state.batch_stats["BatchNorm_2"]["mean"], rtol=0.05
+    )
+
+
+def test_evaluation_counts_each_image_once(digits):
+    trainer = Trainer(TINY, digits)
+    state = trainer.init()
+    few = digits.test[np.arange(7)]
+    accuracy = trainer.evaluate(state.params, state.batch_stats, few)
+    assert round(accuracy * 7, 5) == round(accuracy * 7)
+    many = data.Split(np.concatenate([few.images] * 100), np.concatenate([few.labels] * 100))  # 700: two parts
+    assert trainer.evaluate(state.params, state.batch_stats, many) == pytest.approx(accuracy)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(digits, float_run, relaxed_run, tmp_path):
+    interrupted = dataclasses.replace(relaxed_run, out=str(tmp_path / "run"))
+    shutil.copytree(relaxed_run.directory, interrupted.directory)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")  # as if it had ended after epoch 3
+    run(interrupted, digits, Progress(0, quiet=True), resume=True)
+    states = [restored(config, digits) for config in (relaxed_run, interrupted)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    logs = [steady(read(Log(config.directory).path)) for config in (relaxed_run, interrupted)]
+    assert logs[0] == logs[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over(digits, relaxed_run, tmp_path, capsys):
+    config = dataclasses.replace(relaxed_run, out=str(tmp_path / "run"))
+    shutil.copytree(relaxed_run.directory, config.directory)
+    for path in (tmp_path / "run" / "checkpoints" / "4" / "rest").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run(config, digits, Progress(0, quiet=True), resume=True)
+    printed = capsys.readouterr().out
+    assert "checkpoints/4 is damaged" in printed
+    assert "epoch   4/4" in printed and "epoch   3/4" not in printed  # noqa: PT018
+    jax.tree.map(np.testing.assert_array_equal, restored(relaxed_run, digits), restored(config, digits))
+
+
+def test_another_configuration_is_refused_with_the_difference(digits, relaxed_run):
+    other = dataclasses.replace(relaxed_run, lr=0.05, set="binary")
+    with pytest.raises(ValueError, match=r"(?s)lr: 0\.1 there, 0\.05 here.*set: 'ternary' there, 'binary' here"):
+        run(other, digits, Progress(0, quiet=True), resume=True)
+
+
+def test_a_directory_in_use_is_refused(digits, relaxed_run):
+    before = Log(relaxed_run.directory).path.read_text()
+    with pytest.raises(ValueError, match="--resume"):
+        run(relaxed_run, digits, Progress(0, quiet=True))
+    assert Log(relaxed_run.directory).path.read_text() == before
+
+
+def test_warm_start(digits, float_run, tmp_path):
+    config = dataclasses.replace(TINY, warm_start=float_run, out=str(tmp_path))
+    trainer = Trainer(config, digits)
+    state = Checkpoints(float_run).restore_model(trainer.init(), config)
+    lines = read(Log(float_run).path)
+    assert trainer.evaluate(state.params, state.batch_stats, digits.test) == pytest.approx(
+        lines[-1]["test_current"], abs=1e-6
+    )
+    with pytest.raises(ValueError, match="(?s)another network.*model: 'cnn' there, 'resnet8' here"):
+        Checkpoints(float_run).restore_model(trainer.init(), dataclasses.replace(config, model="resnet8"))
+    with pytest.raises(ValueError, match="no run to start from"):
+        run(dataclasses.replace(config, warm_start=str(tmp_path / "none")), digits, Progress(0, quiet=True))
+
+
+def test_the_program_and_its_pictures(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    options = ["--preset", "quick", "--epochs=1", "--train-examples=128", "--quiet", "--granularity=channel", "--last=uniform8"]
+    assert train.main([*options, "--out", out, "--hard-from=0"]) == 0
+    printed = capsys.readouterr().out
+    assert "head/kernel" in printed and "deployed" in printed  # noqa: PT018
+    assert (tmp_path / "run" / "run.png").stat().st_size > 10_000
+    assert train.main([*options, "--out", out]) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_distinct_values_are_counted_in_each_scale_group():
+    params = {"conv": {"kernel": jnp.array([[1.0, 5.0], [-1.0, 5.0], [1.0, 6.0], [1.0, 7.0]])}}
+    selection = brx.select(default=brx.Binary(granularity=brx.PerChannel()))
+    (layer,) = report.quantized_layers(params, selection)
+    assert (layer.distinct, layer.groups, layer.weights, layer.bits) == (3, 2, 8, 1 + 32 * 2 / 8)
+
+
+def test_logs_keep_infinity_and_leave_out_half_a_line(tmp_path):
+    log = Log(tmp_path)
+    log.start(TINY)
+    log.write("epoch", epoch=1, lam=float("inf"), loss=np.float32(0.1234567))
+    with log.path.open("a") as file:
+        file.write('{"kind": "epo')
+    assert read(log.path)[1:] == [{"kind": "epoch", "epoch": 1, "lam": "inf", "loss": 0.123457}]
+    log.cut(0)
+    assert [json.loads(line)["kind"] for line in log.path.read_text().splitlines()] == ["header"]
+
+
+def test_the_demo_starts_every_quantized_run_from_the_float_one():
+    runs = demo.configs("out", 3)
+    assert list(runs) == ["float", *(f"{m} {s}" for s in ("binary", "ternary") for m in ("BinaryConnect", "BinaryRelax"))]
+    assert {config.warm_start for config in runs.values()} == {None, runs["float"].out}
+    assert len({config.directory for config in runs.values()}) == 5
+
+
+def test_plots_of_several_runs(float_run, relaxed_run, tmp_path):
+    path = plots.plot_runs({"ternary": relaxed_run.directory}, tmp_path / "runs.png", float_run)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def restored(config: Config, digits: data.Data):
+    """The last checkpoint's arrays."""
+    found = Checkpoints(config.directory).restore(Trainer(config, digits).init(), config)
+    assert found is not None
+    assert found[0] == config.epochs
+    return jax.tree.leaves(found[1])
+
+
+def steady(lines):
+    """What of a log does not depend on the clock or the directory."""
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "config")} for line in lines
+    ]
