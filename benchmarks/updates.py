@@ -95,9 +95,7 @@ def main() -> None:
         print(f"{name:<24}{1e3 * seconds:8.1f}{seconds / base:8.2f}{compile_seconds:11.1f}")
     for name, qset in {"binary": brx.Binary(), "ternary": brx.Ternary()}.items():
         seconds = compiled(relax(sgd, qset, 1.0, hard_from=100), weights(resnet50()))[2]
-        print(
-            f"the update of ResNet-50's {len(resnet50())} kernels, {name}: compiled in {seconds:.1f} s"
-        )
+        print(f"ResNet-50's {len(resnet50())} kernels, {name}: compiled in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

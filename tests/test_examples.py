@@ -47,7 +47,9 @@ def relaxed_run(digits, float_run, tmp_path_factory) -> Config:
 
 
 def test_options_override_the_preset_and_the_preset_the_defaults():
-    config, options = cli.parse(["--preset", "paper", "--lr-drops", "3,5", "--epochs", "9"] + ["--hard-from", "7"])
+    config, options = cli.parse(
+        ["--preset", "paper", "--lr-drops", "3,5", "--epochs", "9"] + ["--hard-from", "7"]
+    )
     assert (config.lr_drops, config.epochs, config.hard_from) == ((3.0, 5.0), 9, 7.0)
     assert (config.model, config.lam_growth, config.lr_schedule) == ("vgg11", 1.04, "drops")
     assert not options.resume
@@ -58,8 +60,12 @@ def test_the_paper_preset_is_the_authors_recipe():
     config = Config(**PRESETS["paper"])
     lam, lr = continuation(config, 390), learning_rate(config, 390)
     epochs = (0, 1, 149)
-    np.testing.assert_allclose([lam(390 * e) for e in epochs], [1.04 ** (1 + e) for e in epochs], rtol=1e-4)
-    np.testing.assert_allclose([lr(390 * e) for e in (79.9, 80.1, 140.1)], [0.1, 0.01, 0.001], rtol=1e-5)
+    np.testing.assert_allclose(
+        [lam(390 * e) for e in epochs], [1.04 ** (1 + e) for e in epochs], rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        [lr(390 * e) for e in (79.9, 80.1, 140.1)], [0.1, 0.01, 0.001], rtol=1e-5
+    )
     selection = layer_sets(config)
     kernel = jnp.ones((3, 3, 4, 4))
     assert selection.set_of("stem/kernel", kernel) == brx.Binary()
@@ -107,7 +113,9 @@ def test_words_that_name_no_set(word, granularity, message):
         parse_set(word, granularity)
 
 
-@pytest.mark.parametrize("option", ["--validation=1", "--epochs=0", "--hard-from=99", "--lam-start=0", "--lr-drops=3"])
+@pytest.mark.parametrize(
+    "option", ["--validation=1", "--epochs=0", "--hard-from=99", "--lam-start=0", "--lr-drops=3"]
+)
 def test_numbers_out_of_range_are_refused(option, capsys):
     with pytest.raises(SystemExit):
         cli.parse([option])
@@ -129,7 +137,10 @@ def test_digits_are_split_once_for_all_runs(digits):
     sizes = [len(split) for split in (everything.train, everything.validation, everything.test)]
     assert sizes == [1077, 270, 450]
     assert len(digits.train) == 256
-    images = [split.images.reshape(len(split), -1) for split in (everything.train, everything.validation, everything.test)]
+    images = [
+        split.images.reshape(len(split), -1)
+        for split in (everything.train, everything.validation, everything.test)
+    ]
     seen = [{row.tobytes() for row in part} for part in images]
     assert not seen[0] & seen[2] and not seen[1] & seen[2]  # noqa: PT018
     assert set(np.bincount(everything.test.labels)) <= {43, 44, 45, 46}
@@ -170,7 +181,10 @@ def test_cifar10_if_it_is_there():
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_models(name):
-    side, channels = (224 if name == "resnet18" else 8 if name == "cnn" else 32), 1 if name == "cnn" else 3
+    side, channels = (
+        (224 if name == "resnet18" else 8 if name == "cnn" else 32),
+        1 if name == "cnn" else 3,
+    )
     model = make_model(name, 7, "bfloat16")
     images = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
     logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
@@ -185,7 +199,9 @@ def test_models(name):
 
 
 def test_unknown_model_lists_the_known():
-    with pytest.raises(ValueError, match=r"Unknown model 'resnet9'\. Known: cnn, resnet18, .*vgg16"):
+    with pytest.raises(
+        ValueError, match=r"Unknown model 'resnet9'\. Known: cnn, resnet18, .*vgg16"
+    ):
         make_model("resnet9", 10)
 
 
@@ -197,7 +213,10 @@ def test_a_run_ends_on_the_set_and_logs_both_evaluations(relaxed_run):
     epochs = [line for line in lines if line["kind"] == "epoch"]
     result = lines[-1]
     assert [line["epoch"] for line in epochs] == [1, 2, 3, 4]
-    assert all({"validation_current", "validation_deployed", "lam", "strength"} <= line.keys() for line in epochs)
+    assert all(
+        {"validation_current", "validation_deployed", "lam", "strength"} <= line.keys()
+        for line in epochs
+    )
     assert [line["lam"] == "inf" for line in epochs] == [False, False, False, True]
     assert lines[0]["config"] == relaxed_run.to_json()
     assert result["kind"] == "result"
@@ -216,9 +235,14 @@ def test_deployed_params_are_projected_and_have_statistics_of_their_own(digits, 
     assert len(np.unique(state.params["conv_2"]["kernel"])) > 1000
     assert len(np.unique(params["conv_2"]["kernel"])) == 2
     np.testing.assert_array_equal(params["head"]["kernel"], state.params["head"]["kernel"])
-    moments = [trainer._statistics(params, b.images, jnp.int32(i + 1)) for i, b in zip(range(2), trainer.batches(0))]
+    moments = [
+        trainer._statistics(params, b.images, jnp.int32(i + 1))
+        for i, b in zip(range(2), trainer.batches(0))
+    ]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *moments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), statistics, mean)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), statistics, mean
+    )
     assert not np.allclose(
         statistics["BatchNorm_2"]["mean"], state.batch_stats["BatchNorm_2"]["mean"], rtol=0.05
     )
@@ -230,7 +254,9 @@ def test_evaluation_counts_each_image_once(digits):
     few = digits.test[np.arange(7)]
     accuracy = trainer.evaluate(state.params, state.batch_stats, few)
     assert round(accuracy * 7, 5) == round(accuracy * 7)
-    many = data.Split(np.concatenate([few.images] * 100), np.concatenate([few.labels] * 100))  # 700: two parts
+    many = data.Split(
+        np.concatenate([few.images] * 100), np.concatenate([few.labels] * 100)
+    )  # 700: two parts
     assert trainer.evaluate(state.params, state.batch_stats, many) == pytest.approx(accuracy)
 
 
@@ -255,12 +281,16 @@ def test_a_damaged_checkpoint_is_passed_over(digits, relaxed_run, tmp_path, caps
     printed = capsys.readouterr().out
     assert "checkpoints/4 is damaged" in printed
     assert "epoch   4/4" in printed and "epoch   3/4" not in printed  # noqa: PT018
-    jax.tree.map(np.testing.assert_array_equal, restored(relaxed_run, digits), restored(config, digits))
+    jax.tree.map(
+        np.testing.assert_array_equal, restored(relaxed_run, digits), restored(config, digits)
+    )
 
 
 def test_another_configuration_is_refused_with_the_difference(digits, relaxed_run):
     other = dataclasses.replace(relaxed_run, lr=0.05, set="binary")
-    with pytest.raises(ValueError, match=r"(?s)lr: 0\.1 there, 0\.05 here.*set: 'ternary' there, 'binary' here"):
+    with pytest.raises(
+        ValueError, match=r"(?s)lr: 0\.1 there, 0\.05 here.*set: 'ternary' there, 'binary' here"
+    ):
         run(other, digits, Progress(0, quiet=True), resume=True)
 
 
@@ -280,14 +310,28 @@ def test_warm_start(digits, float_run, tmp_path):
         lines[-1]["test_current"], abs=1e-6
     )
     with pytest.raises(ValueError, match="(?s)another network.*model: 'cnn' there, 'resnet8' here"):
-        Checkpoints(float_run).restore_model(trainer.init(), dataclasses.replace(config, model="resnet8"))
+        Checkpoints(float_run).restore_model(
+            trainer.init(), dataclasses.replace(config, model="resnet8")
+        )
     with pytest.raises(ValueError, match="no run to start from"):
-        run(dataclasses.replace(config, warm_start=str(tmp_path / "none")), digits, Progress(0, quiet=True))
+        run(
+            dataclasses.replace(config, warm_start=str(tmp_path / "none")),
+            digits,
+            Progress(0, quiet=True),
+        )
 
 
 def test_the_program_and_its_pictures(tmp_path, capsys):
     out = str(tmp_path / "run")
-    options = ["--preset", "quick", "--epochs=1", "--train-examples=128", "--quiet", "--granularity=channel", "--last=uniform8"]
+    options = [
+        "--preset",
+        "quick",
+        "--epochs=1",
+        "--train-examples=128",
+        "--quiet",
+        "--granularity=channel",
+        "--last=uniform8",
+    ]
     assert train.main([*options, "--out", out, "--hard-from=0"]) == 0
     printed = capsys.readouterr().out
     assert "head/kernel" in printed and "deployed" in printed  # noqa: PT018
@@ -316,7 +360,10 @@ def test_logs_keep_infinity_and_leave_out_half_a_line(tmp_path):
 
 def test_the_demo_starts_every_quantized_run_from_the_float_one():
     runs = demo.configs("out", 3)
-    assert list(runs) == ["float", *(f"{m} {s}" for s in ("binary", "ternary") for m in ("BinaryConnect", "BinaryRelax"))]
+    assert list(runs) == [
+        "float",
+        *(f"{m} {s}" for s in ("binary", "ternary") for m in ("BinaryConnect", "BinaryRelax")),
+    ]
     assert {config.warm_start for config in runs.values()} == {None, runs["float"].out}
     assert len({config.directory for config in runs.values()}) == 5
 
@@ -337,5 +384,6 @@ def restored(config: Config, digits: data.Data):
 def steady(lines):
     """What of a log does not depend on the clock or the directory."""
     return [
-        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "config")} for line in lines
+        {k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "config")}
+        for line in lines
     ]

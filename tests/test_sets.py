@@ -187,7 +187,7 @@ def test_binary_and_its_levels_differ_in_nothing():
 @every_set
 @pytest.mark.parametrize("kind", ["normal", "student 1.5", "integers"])
 def test_symmetries(name, kind):
-    both, groups = case(name)
+    both, _ = case(name)
     w = data()[kind]
     projection, quantized = both(w)
     # A power of two passes through the arithmetic unchanged.
