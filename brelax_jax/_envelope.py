@@ -42,7 +42,8 @@ def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     residual = _residual(w, qset)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(residual), initial=0))
     unit = jnp.where(largest > 0, largest, 1)
-    square = jnp.sum(jnp.square(residual / unit))
+    shift = jnp.where(unit > 1, 2.0**-8, 1)  # the reciprocal of a huge unit would be subnormal
+    square = jnp.sum(jnp.square((residual * shift) / (unit * shift)))
     on_set = square == 0
     return unit * jnp.where(on_set, 0, jnp.sqrt(jnp.where(on_set, 1, square)))
 
@@ -72,8 +73,8 @@ def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     References:
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), section 3.
     """
-    square = jnp.sum(jnp.square(_residual(w, qset)))
-    return jnp.where(square == 0, 0, jnp.asarray(lam, square.dtype)) * square / 2
+    far = distance(w, qset)
+    return jnp.where(far == 0, 0, jnp.asarray(lam, far.dtype)) * far * far / 2
 
 
 def relax(y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:

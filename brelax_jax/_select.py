@@ -134,8 +134,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
 
 def path_of(keys: tuple[Any, ...]) -> str:
     """A key path as 'a/b/c', without the `.value` that Flax NNX's variables add at `init` only."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
+    keys = tuple(key for key in keys if key != jax.tree_util.GetAttrKey("value"))
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import jax
 import orbax.checkpoint as ocp
 
 from examples.config import Config, differences
 from examples.steps import TrainState
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -44,7 +45,7 @@ class Checkpoints:
         Raises:
           ValueError: if it is of another configuration, or if none of those there can be read.
         """
-        model, rest = jax.eval_shape(lambda: _parts(like))
+        model, rest = _parts(like)
 
         def read(epoch: int) -> TrainState:
             theirs = self._read(epoch, config=ocp.args.JsonRestore())["config"]
@@ -64,15 +65,15 @@ class Checkpoints:
                 self._manager.delete(epoch)
         return found
 
-    def restore_model(self, like: TrainState, config: Config) -> TrainState:
-        """The state `like`, with the params and batch statistics of the last whole checkpoint.
+    def restore_model(self, like: TrainState, config: Config) -> dict[str, Any]:
+        """The params and batch statistics of the last whole checkpoint, by these names.
 
         Raises:
           ValueError: if there is none, or if it is of another network.
         """
-        model, _ = jax.eval_shape(lambda: _parts(like))
+        model, _ = _parts(like)
 
-        def read(epoch: int) -> TrainState:
+        def read(epoch: int) -> dict[str, Any]:
             theirs = self._read(epoch, config=ocp.args.JsonRestore())["config"]
             ours = config.to_json()
             names = ("dataset", "model", "image_size")
@@ -81,9 +82,7 @@ class Checkpoints:
                     f"The run in {self.path.parent} trained another network:\n  "
                     + "\n  ".join(changed)
                 )
-            return like._replace(
-                **self._read(epoch, model=ocp.args.StandardRestore(model))["model"]
-            )
+            return self._read(epoch, model=ocp.args.StandardRestore(model))["model"]
 
         found = self._last_whole(read)
         if found is None:
@@ -93,7 +92,7 @@ class Checkpoints:
     def _read(self, epoch: int, **args: Any) -> Any:
         return self._manager.restore(epoch, args=ocp.args.Composite(**args))
 
-    def _last_whole(self, read: Callable[[int], TrainState]) -> tuple[int, TrainState] | None:
+    def _last_whole(self, read: Callable[[int], T]) -> tuple[int, T] | None:
         """The first checkpoint, from the last one back, that can be read."""
         for epoch in self.epochs():
             try:

@@ -64,16 +64,15 @@ def start(
     trainer: Trainer, checkpoints: Checkpoints, config: Config, resume: bool
 ) -> tuple[int, TrainState]:
     """The epoch and the state to go on from: resumed, warm or fresh."""
-    state = trainer.init()
-    found = checkpoints.restore(state, config) if resume else None
+    found = checkpoints.restore(trainer.abstract_state(), config) if resume else None
     if found is not None:
         return found
     if config.warm_start is not None:
         if not Path(config.warm_start).is_dir():
             raise ValueError(f"There is no run to start from in {config.warm_start}.")
-        state = Checkpoints(config.warm_start).restore_model(state, config)
-        state = state._replace(opt_state=trainer.optimizer.init(state.params))
-    return 0, state
+        model = Checkpoints(config.warm_start).restore_model(trainer.abstract_state(), config)
+        return 0, trainer.warm_state(**model)
+    return 0, trainer.init()
 
 
 def train_epoch(
@@ -110,7 +109,7 @@ def deployed(trainer: Trainer, state: TrainState) -> tuple[Any, Any]:
     """The params to deploy, on their sets, and batch statistics that belong to them."""
     if trainer.config.method == "float":
         return state.params, state.batch_stats
-    params = brx.quantized_params(state.opt_state, state.params)
+    params = trainer.quantized(state.opt_state, state.params)
     return params, trainer.batch_statistics(params)
 
 

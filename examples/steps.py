@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
+import brelax_jax as brx
 from examples.augment import augment, normalize
 from examples.config import Config
 from examples.data import Data, Split
@@ -65,15 +66,21 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.steps_per_epoch)
         self.mean, self.std = map(jnp.asarray, data.channel_moments)
         self.step = jax.jit(self._step, donate_argnums=0)
+        self.quantized = jax.jit(brx.quantized_params)
         self._sums = jax.jit(self._batch_sums)
         self._statistics = jax.jit(self._batch_statistics)
 
     def init(self) -> TrainState:
         """The state before the first step."""
-        image = jnp.zeros((1, *self.data.train.images.shape[1:]))
-        variables = jax.jit(self.model.init)(jax.random.key(self.config.seed), image)
-        params, stats = variables["params"], variables["batch_stats"]
-        return TrainState(jnp.zeros((), jnp.int32), params, stats, self.optimizer.init(params))
+        return jax.jit(self._init)()
+
+    def abstract_state(self) -> TrainState:
+        """The shapes and dtypes of a state."""
+        return jax.eval_shape(self._init)
+
+    def warm_state(self, params: Any, batch_stats: Any) -> TrainState:
+        """The state before the first step from given params and batch statistics."""
+        return jax.jit(self._state)(params, batch_stats)
 
     def batches(self, epoch: int) -> Iterator[Split]:
         """The training batches of an epoch, in an order made from the seed and the epoch only."""
@@ -104,6 +111,16 @@ class Trainer:
             for number, batch in enumerate(batches, start=1)
         ]
         return jax.tree.map(lambda *each: sum(each) / len(each), *collected)
+
+    def _init(self) -> TrainState:
+        image = jnp.zeros((1, *self.data.train.images.shape[1:]))
+        variables = self.model.init(jax.random.key(self.config.seed), image)
+        return self._state(variables["params"], variables["batch_stats"])
+
+    def _state(self, params: Any, batch_stats: Any) -> TrainState:
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, batch_stats, self.optimizer.init(params)
+        )
 
     def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
         if self.config.augment:

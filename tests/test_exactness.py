@@ -146,7 +146,7 @@ def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtype):
     rng = np.random.default_rng(5)
     params = {name: jnp.asarray(rng.standard_normal(SHAPE), dtype) for name in leaves}
     optimizer = brx.binary_connect(optax.sgd(1.0), rules(leaves))
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = fresh_state(optimizer, params), jax.jit(optimizer.update)
     rest = [1] * 12
     for step, growth in enumerate([*rest, 1000, *rest, 1e-3, *rest]):
         # The factor spreads, and some signs flip.

@@ -227,7 +227,7 @@ def test_injected_hyperparameters_are_set_at_run_time():
 
 def test_with_float_params_goes_on_from_other_params():
     optimizer = brx.binary_relax(optax.sgd(0.1, momentum=0.9), RULES, 1.0)
-    params, state = run(optimizer, make_params(), 3)[-1]
+    _params, state = run(optimizer, make_params(), 3)[-1]
     other = make_params(seed=1)
     replaced = brx.with_float_params(state, other)
     chex.assert_trees_all_equal(brx.float_params(replaced, other), other)

@@ -45,6 +45,11 @@ class QuantizedSet:
 
     def _state(self, **attributes: object) -> None:
         """Sets attributes of a frozen instance, once, in `__post_init__`."""
+        if isinstance(self.granularity, type) or not hasattr(self.granularity, "groups"):
+            raise ValueError(
+                "granularity must be PerTensor(), PerChannel(axis) or PerBlock(size, axis), "
+                f"got {self.granularity!r}."
+            )
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
 
@@ -86,17 +91,11 @@ class QuantizedSet:
           ValueError: if the granularity does not fit w's shape.
         """
         w = self._checked(w)
-        fit = self.fit(w)
-        codes = self.codes(w, fit).astype(jnp.int8)
-        return Quantized(codes, fit.scale, self._table, jnp.dtype(w.dtype))
+        return _quantize(self, w)
 
     def fit(self, w: Array) -> Fit:
         """What places w on this set: the scale of each group."""
-        groups = self.granularity.groups(w.shape)
-        if w.size == 0:
-            return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
-        view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
-        return jax.tree.map(lambda x: x.reshape(groups.scale), self.fit_groups(view, groups.axes))
+        return _fit(self, w)
 
     def fit_groups(self, w: Array, axes: tuple[int, ...]) -> Fit:
         """As `fit`, in a view in which a group lies along `axes`."""
@@ -150,12 +149,33 @@ def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
+def _fit(qset: QuantizedSet, w: Array) -> Fit:
+    groups = qset.granularity.groups(w.shape)
+    if w.size == 0:
+        return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
+    view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
+    return jax.tree.map(lambda x: x.reshape(groups.scale), qset.fit_groups(view, groups.axes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize(qset: QuantizedSet, w: Array) -> Quantized:
+    fit = qset.fit(w)
+    codes = qset.codes(w, fit).astype(jnp.int8)
+    return Quantized(codes, fit.scale, qset._table, jnp.dtype(w.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _project(qset: QuantizedSet, w: Array) -> Array:
+    return _differentiable(qset, w)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(qset: QuantizedSet, w: Array) -> Array:
     return qset.place(w, qset.fit(w)).astype(w.dtype)
 
 
-@_project.defjvp
+@_differentiable.defjvp
 def _project_jvp(
     qset: QuantizedSet, primals: Sequence[Array], tangents: Sequence[Array]
 ) -> tuple[Array, Array]:

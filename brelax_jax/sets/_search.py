@@ -75,7 +75,8 @@ def least_squares_scale(w: Array, magnitudes: Sequence[float], axes: tuple[int, 
         a = jnp.abs(w)
         peak = jnp.max(a, axis=axes, keepdims=True)
         unit = jnp.where(peak > 0, peak, 1)
-        scale = unit * _branch_and_bound(a / unit, magnitudes, axes)
+        shift = jnp.where(unit > 1, 2.0**-8, 1)  # the reciprocal of a huge unit would be subnormal
+        scale = unit * _branch_and_bound((a * shift) / (unit * shift), magnitudes, axes)
         scale = jnp.where(peak > 0, scale, peak)  # 0, or NaN
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
@@ -124,8 +125,12 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
         padded(errors[:-1], jnp.inf),
         padded(errors[1:], jnp.inf),
     )
-    first = jnp.argmin(errors, axis=0)
-    start = _Search(intervals, _take(nodes, first), _take(errors, first), jnp.zeros((), jnp.int32))
+    starts = jnp.concatenate([nodes, jnp.full_like(low, 1 / magnitudes[-1])[None]])  # and max |w|
+    start_errors = jnp.concatenate([errors, error(starts[-1])[None]])
+    first = jnp.argmin(start_errors, axis=0)
+    start = _Search(
+        intervals, _take(starts, first), _take(start_errors, first), jnp.zeros((), jnp.int32)
+    )
 
     def uncertain(search: _Search) -> Array:
         least = jnp.min(_bound(search.intervals, energy)[0], axis=0)
@@ -153,7 +158,7 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
         )
 
     scale = lax.while_loop(uncertain, split, start).best
-    for _ in range(POLISH):
+    for _ in range(POLISH if len(magnitudes) <= COMPARED else 4 * POLISH):
         q = at_index(level_index(a, scale, magnitudes), magnitudes)
         gain = jnp.sum(q * (a - scale * q), axis=axes, keepdims=True)
         norm = jnp.sum(jnp.square(q), axis=axes, keepdims=True)

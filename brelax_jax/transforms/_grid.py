@@ -94,6 +94,12 @@ def round_fit(fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     return fit._replace(scale=grid_of(fit.scale, qset, dtype).round(fit.scale))
 
 
+def has_room(qset: QuantizedSet, dtype: DTypeLike) -> bool:
+    """Whether the dtype holds the levels at a scale and at twice that scale on one grid."""
+    shape = _Shape.of(qset, dtype)
+    return 2.0 ** (shape.digits + shape.finest) - 2.0**shape.reach >= 2.0 ** (shape.top + 1)
+
+
 def follow(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     """A rounded fit as near to `fit` as steps from the levels of `last` to its own are exact.
 
@@ -101,9 +107,9 @@ def follow(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     there is room, or keeps fewer bits, and the next updates catch up. Sets that leave a 16-bit
     dtype no room at all are not held back.
     """
-    shape = _Shape.of(qset, dtype)
-    if 2.0 ** (shape.digits + shape.finest) - 2.0**shape.reach < 2.0 ** (shape.top + 1):
+    if not has_room(qset, dtype):
         return fit
+    shape = _Shape.of(qset, dtype)
     old = grid_of(last.scale, qset, dtype)
     room = (2.0**shape.digits * old.spacing - old.reach) / 2.0 ** math.ceil(
         math.log2(qset.magnitudes[-1])
@@ -124,7 +130,7 @@ def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> A
     return grid.round(w.reshape(groups.view)).reshape(y.shape)
 
 
-def landing_point(w: Array, p: Array, grid: Grid, last: Grid) -> Array:
+def landing_point(w: Array, p: Array, grid: Grid, last: Grid, snap: Array) -> Array:
     """Where to send p: to w on the grid, or onto the grid if p is off it and cannot arrive.
 
     Args:
@@ -132,6 +138,7 @@ def landing_point(w: Array, p: Array, grid: Grid, last: Grid) -> Array:
       p: the weights now, in the dtype of the params.
       grid: that of w; broadcasts against it.
       last: that of p, if it is on one.
+      snap: whether p may be put onto the grid first.
     """
     info = jnp.finfo(p.dtype)
 
@@ -142,7 +149,7 @@ def landing_point(w: Array, p: Array, grid: Grid, last: Grid) -> Array:
     goal = jnp.clip(grid.round(w), -grid.reach, grid.reach)
     arrives = stored(now + stored(goal - now)) == goal
     snapped = jnp.clip(grid.round(now), -grid.reach, grid.reach)
-    return jnp.where(arrives | (last.round(now) == now), goal, snapped)
+    return jnp.where(arrives | (last.round(now) == now) | ~snap, goal, snapped)
 
 
 def _least(dtype: DTypeLike) -> float:

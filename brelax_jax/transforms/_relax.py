@@ -19,7 +19,14 @@ from brelax_jax._select import (
     register_with_flax,
 )
 from brelax_jax.sets import Fit, QuantizedSet
-from brelax_jax.transforms._grid import LEAD, follow, grid_of, landing_point, place_on_grid
+from brelax_jax.transforms._grid import (
+    LEAD,
+    follow,
+    grid_of,
+    has_room,
+    landing_point,
+    place_on_grid,
+)
 from brelax_jax.transforms._state import BinaryRelaxState, check_same_params, fit_leaf
 
 
@@ -136,6 +143,7 @@ def binary_relax(
             exact = state.count >= jnp.asarray(hard_from) - LEAD
         alpha = strength_of(now)
         hard = alpha == 1
+        fresh = jnp.isfinite(state.lam)
         exact |= hard
 
         def held(path: str, p: Any, fit: Any, last: Any) -> Any:
@@ -148,7 +156,7 @@ def binary_relax(
         def step(path: str, p: Any, u: Any, y: Any, fit: Any, last: Any) -> Any:
             if is_masked(y):
                 return u
-            return _step(selection.the_set_of(path, p), p, y, fit, last, alpha, exact)
+            return _step(selection.the_set_of(path, p), p, y, fit, last, alpha, exact, fresh)
 
         new_updates = map_with_path(step, params, base_updates, floats, fits, state.fits)
         return new_updates, BinaryRelaxState(
@@ -228,7 +236,14 @@ def binary_connect(
 
 
 def _step(
-    qset: QuantizedSet, p: Array, y: Array, fit: Fit, last: Fit, alpha: Array, exact: Array
+    qset: QuantizedSet,
+    p: Array,
+    y: Array,
+    fit: Fit,
+    last: Fit,
+    alpha: Array,
+    exact: Array,
+    fresh: Array,
 ) -> Array:
     """The update of one leaf: from p to the relaxed weights, on the grid if it is to be exact."""
     groups = qset.granularity.groups(y.shape)
@@ -238,7 +253,8 @@ def _step(
     quantized = place_on_grid(y, fit, qset, p.dtype)
     w = blend(y, quantized, alpha.astype(y.dtype)).reshape(groups.view)
     now = p.reshape(groups.view)
-    w = jnp.where(exact, landing_point(w, now, grid, last_grid), w)
+    snap = fresh | has_room(qset, p.dtype)  # without room p leaves its grid when a scale changes
+    w = jnp.where(exact, landing_point(w, now, grid, last_grid, snap), w)
     return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
 
 

@@ -96,7 +96,8 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
 
     def quantized(state: BinaryRelaxState, path: str, y: Array, p: Any) -> Array:
         dtype = jnp.result_type(p)
-        fit = dict(leaves_with_paths(state.fits, _is_fit))[path]
+        fits = dict(leaves_with_paths(state.fits))
+        fit = Fit(fits[f"{path}/scale"], fits.get(f"{path}/cut"))
         return place_on_grid(y, fit, state.selection.the_set_of(path, y), dtype).astype(dtype)
 
     return _read(opt_state, params, quantized)
@@ -136,9 +137,16 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
         floats = map_with_path(
             lambda path, y: jnp.array(given[path], y.dtype, copy=True), state.float_params
         )
-        fits = map_with_path(
-            lambda path, y: fit_leaf(state.selection.the_set_of(path, y), y, given[path]), floats
-        )
+        new_fits = {
+            path: fit_leaf(state.selection.the_set_of(path, y), y, given[path])
+            for path, y in leaves_with_paths(floats)
+        }
+
+        def part(path: str, _: Any) -> Array:
+            leaf, _, field = path.rpartition("/")
+            return getattr(new_fits[leaf], field)
+
+        fits = map_with_path(part, state.fits)
         return state._replace(float_params=floats, fits=fits, lam=jnp.zeros_like(state.lam))
 
     return jax.tree.map(replaced, opt_state, is_leaf=_is_state)
@@ -227,7 +235,3 @@ def _read(
 
 def _is_state(node: Any) -> bool:
     return isinstance(node, BinaryRelaxState)
-
-
-def _is_fit(node: Any) -> bool:
-    return isinstance(node, Fit)
