@@ -118,20 +118,19 @@ def collapse_panel(axes: Any, snapshots: list[dict[str, Any]], name: str) -> Non
     reach = snapshots[0]["range"]
     for row, line in enumerate(snapshots):
         edges = np.linspace(-reach, reach, len(line["counts"]) + 1)
-        heights = row + 1.3 * np.array(line["counts"]) / max(line["counts"])
+        heights = row + 0.93 * np.array(line["counts"]) / max(line["counts"])
         layer = dict(baseline=row, zorder=2 * (len(snapshots) - row))
         axes.stairs(
             heights, edges, fill=True, color=colors(0.15 + 0.75 * line["strength"]), **layer
         )
         axes.stairs(heights, edges, color="white", lw=0.6, **layer)
         axes.plot((-reach, reach), (row, row), color="#bbbbbb", lw=0.6, zorder=layer["zorder"] + 1)
-    axes.set_yticks(
-        range(len(snapshots)), [f"{line['epoch']}\nα {line['strength']:.2f}" for line in snapshots]
-    )
+    labels = [f"epoch {line['epoch']}\nα {line['strength']:.2f}" for line in snapshots]
+    axes.set_yticks(np.arange(len(snapshots)) + 0.3, labels)
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.set(
-        xlim=(-reach, reach), ylim=(-0.05, len(snapshots) + 0.5), xlabel="weight / root mean square"
+        xlim=(-reach, reach), ylim=(-0.05, len(snapshots) + 0.1), xlabel="weight / root mean square"
     )
     axes.set_title(f"{name}: {snapshots[0]['layer']}", fontsize=9)

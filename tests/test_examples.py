@@ -355,7 +355,7 @@ def test_the_program_and_its_pictures(tmp_path, capsys):
     ]
     assert train.main([*options, "--out", out, "--hard-from=0"]) == 0
     printed = capsys.readouterr().out
-    assert "head/kernel" in printed and "deployed" in printed  # noqa: PT018
+    assert "stem/kernel" in printed and "deployed" in printed  # noqa: PT018
     assert (tmp_path / "run" / "run.png").stat().st_size > 10_000
     assert train.main([*options, "--out", out]) == 2
     assert "--resume" in capsys.readouterr().err

