@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_theory_and_of_difference_quotients(name):
                 np.testing.assert_allclose(along, slope, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("magnitude", [1e30, 1e37, 1e-25])
+@pytest.mark.parametrize("magnitude", [1e30, 0.9e38, 1e-25])
 def test_distance_far_from_one(magnitude):
     results = compiled(SETS["binary"])(
         np.array([1, 3, -1, -3], np.float32) * np.float32(magnitude), 0.0

@@ -108,6 +108,8 @@ def test_shapes_that_do_not_fit_are_refused_on_use(granularity, shape, message):
         (lambda: brx.PerChannel((0, "1")), "axis must be an integer.*got '1'"),
         (lambda: brx.PerChannel(None), "axis must be an integer.*got None"),
         (lambda: brx.PerChannel(True), "axis must be an integer.*got True"),
+        (lambda: brx.Binary(granularity=64), r"granularity must be PerTensor\(\).*got 64"),
+        (lambda: brx.Uniform(4, granularity=brx.PerChannel), "granularity must be .*class"),
         (lambda: brx.PerBlock(0), "size must be a positive.*got 0"),
         (lambda: brx.PerBlock(-4), "size must be a positive.*got -4"),
         (lambda: brx.PerBlock(64.0), "size must be an integer.*got 64.0"),

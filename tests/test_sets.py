@@ -73,7 +73,7 @@ def data(seed=0, shape=SHAPE):
         "integers": rng.integers(-3, 4, shape),
         "constant": np.full(shape, -0.1),
         "zeros": np.zeros(shape),
-        "large": 1e37 * np.clip(normal, -4, 4),
+        "huge": 1e38 * np.clip(normal, -3, 3),
         "small": 1e-35 * normal,
         "mixed": normal * np.logspace(-30, 30, shape[-1]),
     }
@@ -159,6 +159,18 @@ def test_binary_and_ternary_down_to_the_smallest_normal_numbers():
         scale = np.asarray(both(w)[1].scale, np.float64)
         for entries, place in groups(w.shape):
             np.testing.assert_allclose(scale[place], oracle(w[entries].ravel())[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in SETS if name != "uniform8"),
+        pytest.param("uniform8", marks=pytest.mark.xfail(strict=True, reason="|w|/s underflows")),
+    ],
+)
+def test_a_constant_near_the_largest_number(name):
+    w = np.full(SHAPE, 1e38, np.float32)
+    np.testing.assert_allclose(case(name)[0](w)[0], w, rtol=1e-6)
 
 
 def test_ternary_where_alternating_minimization_fails():

@@ -212,7 +212,11 @@ def test_edits_between_updates_are_overwritten():
 
 
 def test_other_leaves_get_the_updates_of_the_base_bit_for_bit():
-    params = {"kernel": normal(0, 3, 3), "bias": normal(1, 3), "half": normal(2, 3, dtype="float16")}
+    params = {
+        "kernel": normal(0, 3, 3),
+        "bias": normal(1, 3),
+        "half": normal(2, 3, dtype="float16"),
+    }
     grads = [jax.tree.map(lambda p, i=i: jnp.cos(p + i), params) for i in range(6)]
     base = optax.adam(0.1, eps=1e-4)
     ours = brx.binary_relax(base, BINARY, 1.0, hard_from=2)

@@ -51,7 +51,7 @@ def binary_relax(
     `hard_from` on if at least eight updates came before it, else from the third such update. There
     a scale that jumps more than 16-fold in one step (twofold for 16-bit params) is held back for
     that step. The 16-bit dtypes hold few scales for many levels: with bfloat16 params Uniform(7),
-    Uniform(8) and PowerOfTwo(5) get powers of two, and are an ulp off in a step that changes one.
+    Uniform(8) and PowerOfTwo(5) get powers of two, and may miss where one changes.
 
     Args:
       base: the optimizer. It sees the float weights as its `params`, and gradients in their dtype.
@@ -281,6 +281,8 @@ def _check_arguments(base: Any, qset: Any, lam: Any, hard_from: Any) -> None:
         raise ValueError(
             f"qset must be a set such as Ternary() or the rules of select(…), got {qset!r}."
         )
+    if lam is None or isinstance(lam, str):
+        raise ValueError(f"lam must be a number or a schedule of the step count, got {lam!r}.")
     known = not callable(lam) and not isinstance(lam, jax.core.Tracer)
     if known and not jnp.all(jnp.asarray(lam) >= 0):
         raise ValueError(
