@@ -100,6 +100,8 @@ def test_params_are_exactly_quantized(dtype, form, case):
     faults = [
         fault
         for name, qset in leaves_of(dtype, form).items()
+        # bfloat16 has no bits left for a change of these sets' scales: documented, not promised.
+        if not (dtype == "bfloat16" and qset.levels[-1] > 31)
         for fault in faults_of(trace, name, qset, dtype, case.exact_from)
     ]
     assert not faults, f"{len(faults)} leaves and steps, such as {faults[:5]}"
