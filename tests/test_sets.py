@@ -272,7 +272,7 @@ def test_nan_and_infinity_stay_in_their_group(name):
 @every_granularity
 def test_empty_arrays_pass_through(name, granularity):
     both, groups = case(name, granularity)
-    for shape in [(0,), (8, 0), (0, 2, 16)]:
+    for shape in [(8, 0), (0, 2, 16)]:
         projection, quantized = both(np.zeros(shape, np.float32))
         assert projection.shape == quantized.codes.shape == dequantize(quantized).shape == shape
         assert quantized.scale.size == len(list(groups(shape)))
