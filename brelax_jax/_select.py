@@ -1,5 +1,6 @@
 """Which leaves are quantized, and on which set each must land."""
 
+import collections
 import dataclasses
 import re
 import sys
@@ -45,6 +46,9 @@ class Selection:
     def check(self, params: Any) -> None:
         """Raises a ValueError, naming the leaf or the rule, if these rules do not fit params."""
         leaves = leaves_with_paths(params)
+        for path, count in collections.Counter(path for path, _ in leaves).items():
+            if count > 1:
+                raise ValueError(f"{count} leaves of params have the path {path!r}; rename one.")
         for pattern, _ in self.rules:
             if leaves and not any(re.search(pattern, path) for path, _ in leaves):
                 raise ValueError(
@@ -134,7 +138,8 @@ def is_kernel(path: str, leaf: Any) -> bool:
 
 def path_of(keys: tuple[Any, ...]) -> str:
     """A key path as 'a/b/c', without the `.value` that Flax NNX's variables add at `init` only."""
-    keys = tuple(key for key in keys if key != jax.tree_util.GetAttrKey("value"))
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 

@@ -121,6 +121,8 @@ def test_every_group_against_its_oracle(name, granularity):
             energy = np.sum(group**2)
             least = oracles.optimum(group, levels)[1]
             assert error <= least * (1 + relative) + absolute * energy, where
+            customary = oracles.error(group, np.max(np.abs(group)) / levels[-1], levels)
+            assert error <= customary * (1 + 1e-5) + 1e-11 * energy, where
             # Every entry is at its nearest level, and the scale is the best one for these codes.
             nearest = oracles.error(group, scale, levels)
             assert error <= nearest * (1 + 1e-5) + 1e-12 * energy, where

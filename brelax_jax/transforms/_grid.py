@@ -94,6 +94,11 @@ def round_fit(fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     return fit._replace(scale=grid_of(fit.scale, qset, dtype).round(fit.scale))
 
 
+def has_integer_levels(qset: QuantizedSet) -> bool:
+    """Whether every level times a scale on the grid is on the grid."""
+    return all(m.is_integer() for m in qset.magnitudes)
+
+
 def has_room(qset: QuantizedSet, dtype: DTypeLike) -> bool:
     """Whether the dtype holds the levels at a scale and at twice that scale on one grid."""
     shape = _Shape.of(qset, dtype)
@@ -111,19 +116,22 @@ def follow(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
         return fit
     shape = _Shape.of(qset, dtype)
     old = grid_of(last.scale, qset, dtype)
-    room = (2.0**shape.digits * old.spacing - old.reach) / 2.0 ** math.ceil(
-        math.log2(qset.magnitudes[-1])
-    )
+    # Both old and new weights are within their reach; in units of the old scale's leading bit:
+    widest = math.floor(math.log2(2.0 ** (shape.digits + shape.finest) - 2.0**shape.reach))
+    most = old.reach * 2.0 ** (widest - shape.reach - shape.top + 1)
     spacing = jnp.maximum(old.reach * 2.0 ** (1 - shape.digits), _least(dtype))
-    finest = jnp.maximum(jnp.round(fit.scale / spacing), 1) * spacing
-    nearest = jnp.where(fit.scale < last.scale, finest, jnp.minimum(fit.scale, room))
+    if has_integer_levels(qset):
+        least = jnp.maximum(jnp.round(fit.scale / spacing), 1) * spacing
+    else:  # their weights are rounded to the grid of the scale itself
+        least = jnp.maximum(fit.scale, spacing * 2.0**-shape.finest)
+    nearest = jnp.where(fit.scale < last.scale, least, jnp.minimum(fit.scale, most))
     return fit._replace(scale=jnp.where((last.scale > 0) & (fit.scale > 0), nearest, fit.scale))
 
 
 def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Array:
     """The quantized weights for float weights y and a rounded fit, exact in `dtype`."""
     w = qset.place(y, fit)
-    if all(m.is_integer() for m in qset.magnitudes):
+    if has_integer_levels(qset):
         return w
     groups = qset.granularity.groups(y.shape)
     grid = grid_of(fit.scale.reshape(groups.scale_view), qset, dtype)

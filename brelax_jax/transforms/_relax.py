@@ -6,6 +6,7 @@ from typing import Any, cast
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -137,26 +138,26 @@ def binary_relax(
         )
         fits = _fits(floats, params)
         now = jnp.asarray(lam(state.count) if callable(lam) else lam, jnp.float32)
-        exact = False
+        exact, led = jnp.array(False), jnp.array(False)
         if hard_from is not None:
+            led = (state.count >= hard_from) & (jnp.asarray(hard_from) >= LEAD)
             now = jnp.where(state.count >= hard_from, jnp.inf, now)
             exact = state.count >= jnp.asarray(hard_from) - LEAD
         alpha = strength_of(now)
-        hard = alpha == 1
+        exact |= alpha == 1
         fresh = jnp.isfinite(state.lam)
-        exact |= hard
 
         def held(path: str, p: Any, fit: Any, last: Any) -> Any:
             if is_masked(fit):
                 return fit
-            return _where(hard, follow(fit, last, selection.the_set_of(path, p), p.dtype), fit)
+            return _where(exact, follow(fit, last, selection.the_set_of(path, p), p.dtype), fit)
 
         fits = map_with_path(held, params, fits, state.fits)
 
         def step(path: str, p: Any, u: Any, y: Any, fit: Any, last: Any) -> Any:
             if is_masked(y):
                 return u
-            return _step(selection.the_set_of(path, p), p, y, fit, last, alpha, exact, fresh)
+            return _step(selection.the_set_of(path, p), p, y, fit, last, alpha, exact, fresh, led)
 
         new_updates = map_with_path(step, params, base_updates, floats, fits, state.fits)
         return new_updates, BinaryRelaxState(
@@ -244,6 +245,7 @@ def _step(
     alpha: Array,
     exact: Array,
     fresh: Array,
+    led: Array,
 ) -> Array:
     """The update of one leaf: from p to the relaxed weights, on the grid if it is to be exact."""
     groups = qset.granularity.groups(y.shape)
@@ -253,7 +255,7 @@ def _step(
     quantized = place_on_grid(y, fit, qset, p.dtype)
     w = blend(y, quantized, alpha.astype(y.dtype)).reshape(groups.view)
     now = p.reshape(groups.view)
-    snap = fresh | has_room(qset, p.dtype)  # without room p leaves its grid when a scale changes
+    snap = ~led & (fresh | has_room(qset, p.dtype))  # else p leaves its grid with a scale's jump
     w = jnp.where(exact, landing_point(w, now, grid, last_grid, snap), w)
     return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
 
@@ -284,13 +286,17 @@ def _check_arguments(base: Any, qset: Any, lam: Any, hard_from: Any) -> None:
     if lam is None or isinstance(lam, str):
         raise ValueError(f"lam must be a number or a schedule of the step count, got {lam!r}.")
     known = not callable(lam) and not isinstance(lam, jax.core.Tracer)
-    if known and not jnp.all(jnp.asarray(lam) >= 0):
+    if known and np.ndim(cast(Any, lam)) != 0:
+        raise ValueError(f"lam must be one number or a schedule of the step count, got {lam!r}.")
+    if known and not np.asarray(lam) >= 0:
         raise ValueError(
             f"lam must be nonnegative (0 is float training, inf the exact projection), got {lam!r}."
         )
     if hard_from is None or isinstance(hard_from, jax.core.Tracer):
         return
-    if hard_from != int(hard_from) or hard_from < 0:
+    step = np.asarray(hard_from)
+    number = np.issubdtype(step.dtype, np.number)
+    if step.ndim != 0 or not number or not (step >= 0 and step == np.floor(step)):
         raise ValueError(
             f"hard_from must be a step count from 0 on, or None for never, got {hard_from!r}."
         )

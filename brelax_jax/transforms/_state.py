@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax._envelope import strength_of
-from brelax_jax._select import Selection, leaves_with_paths, map_with_path
+from brelax_jax._select import Selection, is_masked, leaves_with_paths, map_with_path, path_of
 from brelax_jax.sets import Fit, QuantizedSet
 from brelax_jax.transforms._grid import place_on_grid, round_fit
 
@@ -96,16 +96,20 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
 
     def quantized(state: BinaryRelaxState, path: str, y: Array, p: Any) -> Array:
         dtype = jnp.result_type(p)
-        fits = dict(leaves_with_paths(state.fits))
-        fit = Fit(fits[f"{path}/scale"], fits.get(f"{path}/cut"))
-        return place_on_grid(y, fit, state.selection.the_set_of(path, y), dtype).astype(dtype)
+        parts = {
+            field: part
+            for keys, part in jax.tree_util.tree_leaves_with_path(state.fits)
+            for leaf, field in [fit_place(keys)]
+            if leaf == path
+        }
+        qset = state.selection.the_set_of(path, y)
+        return place_on_grid(y, Fit(**parts), qset, dtype).astype(dtype)
 
     return _read(opt_state, params, quantized)
 
 
 def with_float_params(opt_state: Tree, params: Any) -> Tree:
-    """A state that goes on from these params: the float weights are replaced by them, momentum and
-    step count stay.
+    """A state that goes on from these params: they replace the float weights, all else stays.
 
     For params that were changed between updates, which the next update would otherwise overwrite:
     averaged, clipped or restored ones.
@@ -142,19 +146,18 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
             for path, y in leaves_with_paths(floats)
         }
 
-        def part(path: str, _: Any) -> Array:
-            leaf, _, field = path.rpartition("/")
+        def part(keys: tuple[Any, ...], _: Array) -> Array:
+            leaf, field = fit_place(keys)
             return getattr(new_fits[leaf], field)
 
-        fits = map_with_path(part, state.fits)
+        fits = jax.tree_util.tree_map_with_path(part, state.fits)
         return state._replace(float_params=floats, fits=fits, lam=jnp.zeros_like(state.lam))
 
     return jax.tree.map(replaced, opt_state, is_leaf=_is_state)
 
 
 def strength(opt_state: Any) -> Array:
-    """α = λ/(λ + 1) of the last update: how far the params were pulled from the float weights to
-    their sets.
+    """α = λ/(λ + 1) of the last update: how far the params were pulled to their sets.
 
     Args:
       opt_state: as for `float_params`.
@@ -184,28 +187,41 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
     return states
 
 
+REMEDY = "Make the state with `init` from these params, or pass the params that it was made from."
+
+
 def check_same_params(state: BinaryRelaxState, params: Any) -> None:
-    """Raises a ValueError, naming the leaf, if params differ from the state's in path or shape."""
-    floats = {path: jnp.shape(y) for path, y in leaves_with_paths(state.float_params)}
+    """Raises a ValueError, naming the leaf, if params are not those that the state was made for."""
+    check_owned(state, params)
+    known = {path for path, _ in leaves_with_paths(state.float_params, is_masked)}
+    for path, leaf in leaves_with_paths(params):
+        if path not in known and state.selection.set_of(path, leaf) is not None:
+            raise ValueError(
+                f"{path!r} is to be quantized, but the state has no float weights for it. {REMEDY}"
+            )
+
+
+def check_owned(state: BinaryRelaxState, params: Any) -> None:
+    """Raises a ValueError, naming the leaf, if params lack one of the state's or its shape."""
     given = dict(leaves_with_paths(params))
-    remedy = (
-        "Make the state with `init` from these params, or pass the params that it was made from."
-    )
-    for path, shape in floats.items():
+    for path, y in leaves_with_paths(state.float_params):
         if path not in given:
             raise ValueError(
-                f"The state has float weights for {path!r}, which params lack. {remedy}"
+                f"The state has float weights for {path!r}, which params lack. {REMEDY}"
             )
-        if jnp.shape(given[path]) != shape:
+        if jnp.shape(given[path]) != jnp.shape(y):
             raise ValueError(
-                f"{path!r} has shape {jnp.shape(given[path])} in params, but {shape} in the state. "
-                f"{remedy}"
+                f"{path!r} has shape {jnp.shape(given[path])} in params, but {jnp.shape(y)} in the "
+                f"state. {REMEDY}"
             )
-    for path, leaf in given.items():
-        if path not in floats and state.selection.set_of(path, leaf) is not None:
-            raise ValueError(
-                f"{path!r} is to be quantized, but the state has no float weights for it. {remedy}"
-            )
+
+
+def fit_place(keys: tuple[Any, ...]) -> tuple[str, str]:
+    """The path of a leaf and the field of its `Fit`, from a key path into `fits`."""
+    keys = tuple(keys)
+    if keys[-1] == jax.tree_util.GetAttrKey("value"):  # of a Flax NNX variable
+        keys = keys[:-1]
+    return path_of(keys[:-1]), path_of(keys[-1:])
 
 
 def _read(
@@ -214,15 +230,8 @@ def _read(
     """The params' tree with read(state, path, y, p) in the place of each quantized leaf p."""
     owners: dict[str, tuple[BinaryRelaxState, Array]] = {}
     for state in find_states(opt_state):
+        check_owned(state, params)
         owners |= {path: (state, y) for path, y in leaves_with_paths(state.float_params)}
-    given = dict(leaves_with_paths(params))
-    for path, (_, y) in owners.items():
-        if path not in given or jnp.shape(given[path]) != jnp.shape(y):
-            found = f"has shape {jnp.shape(given[path])}" if path in given else "is missing"
-            raise ValueError(
-                f"{path!r} {found} in params, but the state has float weights of shape "
-                f"{jnp.shape(y)} for it. Pass the params that the state belongs to."
-            )
 
     def leaf(path: str, p: Any) -> Any:
         if path not in owners:

@@ -1,0 +1,232 @@
+"""What every transformation does with every set: a new one is tested by adding it to a list here.
+
+Compilation dominates, so one program of a transformation serves a leaf for each set.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import brelax_jax as brx
+
+HARD_FROM = 2
+TRANSFORMATIONS = {
+    "binary_relax": lambda qset: brx.binary_relax(optax.sgd(0.1, 0.9), qset, 1.0, HARD_FROM),
+    "relax_params": lambda qset: brx.relax_params(qset, lambda count: 1.0 + count, HARD_FROM),
+    "binary_connect": lambda qset: brx.binary_connect(optax.adam(0.1), qset),
+}
+SETS = {
+    "Binary": brx.Binary(granularity=brx.PerChannel()),
+    "Ternary": brx.Ternary(granularity=brx.PerChannel()),
+    "TernaryThreshold": brx.TernaryThreshold(granularity=brx.PerChannel()),
+    "Uniform": brx.Uniform(4, granularity=brx.PerChannel()),
+    "PowerOfTwo": brx.PowerOfTwo(4, granularity=brx.PerChannel()),
+    "ScaledLevels": brx.ScaledLevels((-1.7, -0.3, 0.3, 1.7), granularity=brx.PerChannel()),
+}
+RULES = brx.select(*((f"^{name}$", qset) for name, qset in SETS.items()))
+SHAPE = (16, 3)
+STEPS = 6
+EXACT = slice(HARD_FROM + 2, STEPS)  # from the third hard update on
+
+every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
+every_set = pytest.mark.parametrize("qset", SETS)
+
+
+def noise(seed, *shape):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.standard_normal(shape), "float32") for name in SETS}
+
+
+@functools.cache
+def compiled(name):
+    """A transformation, its compiled init and a compiled step, which takes its state's memory."""
+    optimizer = TRANSFORMATIONS[name](RULES)
+
+    def step(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, brx.quantized_params(state, params)
+
+    return optimizer, jax.jit(optimizer.init), jax.jit(step, donate_argnums=(1, 2))
+
+
+def stepped(name, params, grads):
+    """The params and quantized params after each update; `grads` has the steps first."""
+    _, init, step = compiled(name)
+    params = jax.tree.map(jnp.copy, params)
+    state, trace = init(params), []
+    for t in range(STEPS):
+        params, state, quantized = step(jax.tree.map(lambda g, t=t: g[t], grads), state, params)
+        trace.append(jax.tree.map(np.array, (params, quantized)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trace)
+
+
+@functools.cache
+def normal_run(name):
+    return stepped(name, noise(0, *SHAPE), noise(1, STEPS, *SHAPE))
+
+
+@functools.cache
+def vmapped_scan(name):
+    optimizer, init, _ = compiled(name)
+
+    def train(params, state, grads):
+        def body(carry, grads):
+            params, state = carry
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), (params, brx.quantized_params(state, params))
+
+        return jax.lax.scan(body, (params, state), grads)[1]
+
+    params = [noise(0, *SHAPE), noise(2, *SHAPE)]
+    grads = [noise(1, STEPS, *SHAPE), noise(3, STEPS, *SHAPE)]
+    states = [init(p) for p in params]
+    seeds = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, states, grads)
+    )
+    return jax.tree.map(np.array, jax.jit(jax.vmap(train))(*seeds))
+
+
+def few_values(trace, qset):
+    """Whether every channel of every step has at most as many values as there are levels."""
+    columns = trace.reshape(-1, *SHAPE).transpose(0, 2, 1).reshape(-1, SHAPE[0])
+    return all(len(np.unique(column)) <= len(SETS[qset].levels) for column in columns)
+
+
+@every_transformation
+@every_set
+def test_jit_with_donation(name, qset):
+    params, quantized = (tree[qset] for tree in normal_run(name))
+    assert np.isfinite(params).all()
+    np.testing.assert_array_equal(params[EXACT], quantized[EXACT])
+    assert few_values(quantized, qset)
+    moved = np.abs(np.diff(quantized, axis=0)).max(axis=(1, 2))
+    assert (moved > 0).all()
+
+
+@every_transformation
+@every_set
+def test_scan_and_vmap_over_seeds(name, qset):
+    params, quantized = (tree[qset] for tree in vmapped_scan(name))
+    wanted = normal_run(name)[0][qset]
+    np.testing.assert_allclose(params[0], wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(params[:, EXACT], quantized[:, EXACT])
+    assert few_values(quantized, qset)
+    assert not np.allclose(params[0], params[1])
+
+
+@every_transformation
+def test_zero_weights_without_gradients_stay_zero(name):
+    zeros = jax.tree.map(jnp.zeros_like, noise(0, *SHAPE))
+    params, quantized = stepped(name, zeros, jax.tree.map(jnp.zeros_like, noise(0, STEPS, *SHAPE)))
+    for qset in SETS:
+        assert not params[qset].any(), qset
+        assert not quantized[qset].any(), qset
+
+
+@every_transformation
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_group(name, bad):
+    spoilt = jax.tree.map(lambda w: w.at[3, 1].set(bad), noise(0, *SHAPE))
+    params, quantized = stepped(name, spoilt, noise(1, STEPS, *SHAPE))
+    clean = normal_run(name)[0]
+    for qset in SETS:
+        assert np.isnan(quantized[qset][..., 1]).all(), qset
+        np.testing.assert_allclose(params[qset][..., ::2], clean[qset][..., ::2], rtol=1e-5)
+
+
+@dataclasses.dataclass
+class Layer:
+    """A user's pytree."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+
+jax.tree_util.register_dataclass(Layer, ["kernel", "bias"], [])
+
+
+def spec(shape=SHAPE, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+TREES = {
+    "dict": {"a": {"kernel": spec(), "bias": spec((3,))}},
+    "tuple": ((spec(), spec((3,))), spec()),
+    "list": [spec(), [spec()]],
+    "dataclass": [Layer(spec(), spec((3,)))],
+    "one array": spec(),
+    "None": {"a": spec(), "b": None},
+    "MaskedNode": {"a": spec(), "b": optax.MaskedNode()},
+    "no leaf": {"a": {}, "b": ()},
+    "an empty leaf": {"a": spec((0, 3)), "b": spec((3, 0)), "c": spec()},
+    "bfloat16": {"a": spec(dtype="bfloat16"), "b": spec()},
+    "float16": {"a": spec(dtype="float16"), "bias": spec(dtype="float16")},
+}
+
+
+def kinds(tree):
+    """What scan and donation need to stay as it is."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def check_shapes(name, qset, tree):
+    optimizer = TRANSFORMATIONS[name](SETS[qset])
+    state = jax.eval_shape(optimizer.init, tree)
+    updates, after = jax.eval_shape(optimizer.update, tree, state, tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
+    assert kinds(after) == kinds(state)
+    quantized = jax.eval_shape(brx.quantized_params, after, tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(quantized, tree)
+    floats = jax.eval_shape(brx.float_params, after, tree)
+    chex.assert_trees_all_equal_shapes(floats, tree)
+    assert kinds(jax.eval_shape(brx.with_float_params, after, tree)) == kinds(state)
+
+
+@every_transformation
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_every_tree(name, tree):
+    check_shapes(name, "Binary", tree)
+
+
+@every_transformation
+@every_set
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_set_in_16_bits(name, qset, dtype):
+    check_shapes(name, qset, {"kernel": spec(dtype=dtype), "bias": spec((3,), dtype)})
+
+
+@every_transformation
+@every_set
+def test_params_are_needed(name, qset):
+    optimizer, grads = TRANSFORMATIONS[name](SETS[qset]), {"kernel": spec()}
+    state = jax.eval_shape(optimizer.init, grads)
+    for update in (optimizer.update, lambda g, s: optimizer.update(g, s, None)):
+        with pytest.raises(ValueError, match=r"params is None.*update\(grads, state, params\)"):
+            jax.eval_shape(update, grads, state)
+
+
+@every_transformation
+@every_set
+def test_a_leaf_that_does_not_fit_is_named(name, qset):
+    bad = dataclasses.replace(SETS[qset], granularity=brx.PerBlock(5, axis=0))
+    with pytest.raises(ValueError, match=r"'layer/kernel'.*does not divide axis 0"):
+        TRANSFORMATIONS[name](bad).init({"layer": {"kernel": jnp.ones(SHAPE)}})
+
+
+@every_transformation
+def test_it_is_a_transformation_with_extra_arguments(name):
+    optimizer, _, _ = compiled(name)
+    assert isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    params = noise(0, *SHAPE)
+    state = jax.eval_shape(optimizer.init, params)
+    plain = jax.eval_shape(optimizer.update, params, state, params)
+    extra = jax.eval_shape(lambda *args: optimizer.update(*args, value=1.0), params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(plain, extra)

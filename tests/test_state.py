@@ -1,0 +1,442 @@
+"""The state: what is read from it at any depth, how it is replaced, saved and restored."""
+
+import dataclasses
+import functools
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen, nnx, serialization
+from flax.training import train_state
+
+import brelax_jax as brx
+
+BINARY = brx.Binary()
+RULES = brx.select(
+    ("^binary/kernel", brx.Binary(granularity=brx.PerChannel())),
+    ("^threshold/kernel", brx.TernaryThreshold()),
+    ("^half/kernel", brx.Binary(granularity=brx.PerBlock(2, axis=0))),
+)
+QUANTIZED = ("binary", "threshold", "half")
+
+
+def make_params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: {
+            "kernel": jnp.asarray(rng.standard_normal((4, 3)), dtype),
+            "bias": jnp.asarray(rng.standard_normal(3), "float32"),
+        }
+        for name, dtype in {
+            "binary": "float32",
+            "threshold": "float32",
+            "half": "bfloat16",
+            "plain": "float32",
+        }.items()
+    }
+
+
+@functools.cache
+def compiled(optimizer):
+    @jax.jit
+    def step(params, state, t):
+        grads = jax.tree.map(lambda p: jnp.cos(3 * p + t.astype(p.dtype)), params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return optimizer.init, step
+
+
+def steps(optimizer, params, count, state=None):
+    """The params and the state after some updates, each by the cosine of the params."""
+    init, step = compiled(optimizer)
+    state = init(params) if state is None else state
+    for t in range(count):
+        params, state = step(params, state, jnp.float32(t))
+    return params, state
+
+
+def relaxing(lam=1.0, hard_from=8, rules=RULES, base=None):
+    return brx.binary_relax(base or optax.sgd(0.05, momentum=0.5), rules, lam, hard_from)
+
+
+def kernels(params):
+    return {name: layer["kernel"] for name, layer in params.items()}
+
+
+def labels(kernel, bias):
+    return lambda params: {name: {"kernel": kernel, "bias": bias} for name in params}
+
+
+def everything(params):
+    return jax.tree.map(lambda _: True, params)
+
+
+WRAPPERS = {
+    "last of a chain": lambda tx: optax.chain(optax.trace(0.5), optax.scale(-0.05), LINK),
+    "named_chain": lambda tx: optax.named_chain(("clip", optax.clip(1.0)), ("relax", tx)),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "masked, biases": lambda tx: optax.masked(tx, labels(True, False)),
+    "partition": lambda tx: optax.partition(
+        {"ours": tx, "theirs": optax.adam(0.1)}, labels("ours", "theirs")
+    ),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(brx.binary_relax)(
+        optax.sgd(0.05), RULES, lam=1.0, hard_from=8
+    ),
+    "all at once": lambda tx: optax.MultiSteps(
+        optax.apply_if_finite(optax.chain(optax.masked(tx, everything), optax.identity()), 2), 2
+    ),
+}
+LINK = brx.relax_params(RULES, 1.0, hard_from=8)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_accessors_find_the_state_inside(wrapper):
+    optimizer = WRAPPERS[wrapper](relaxing())
+    start = make_params()
+    params, state = steps(optimizer, start, 0)
+    assert float(brx.strength(state)) == 0
+    chex.assert_trees_all_equal(
+        kernels(brx.float_params(state, params)),
+        jax.tree.map(lambda p: p.astype("float32") if p.dtype == "bfloat16" else p, kernels(start)),
+    )
+    params, state = steps(optimizer, params, 20, state)
+    assert float(brx.strength(state)) == 1
+    quantized, floats = brx.quantized_params(state, params), brx.float_params(state, params)
+    chex.assert_trees_all_equal(quantized, params)
+    chex.assert_trees_all_equal(floats["plain"], params["plain"])
+    assert [len(np.unique(column)) for column in params["binary"]["kernel"].T] == [2, 2, 2]
+    assert len(np.unique(params["threshold"]["kernel"])) <= 3
+    assert params["half"]["kernel"].dtype == jnp.bfloat16
+    assert floats["half"]["kernel"].dtype == jnp.float32
+    for name in QUANTIZED:
+        assert len(np.unique(floats[name]["kernel"])) > 6
+    # New float weights go in where the old ones came out.
+    other = make_params(1)
+    replaced = brx.with_float_params(state, other)
+    chex.assert_trees_all_equal_structs(replaced, state)
+    for name in QUANTIZED:
+        y = brx.float_params(replaced, other)[name]["kernel"]
+        np.testing.assert_array_equal(y, other[name]["kernel"].astype("float32"))
+    assert float(brx.strength(replaced)) == 0
+
+
+def test_two_states_with_two_sets():
+    optimizer = optax.partition(
+        {
+            "two": brx.binary_relax(optax.sgd(0.05), BINARY, 1.0, hard_from=0),
+            "three": brx.relax_params(brx.TernaryThreshold(), 3.0),
+            "none": optax.sgd(0.05),
+        },
+        lambda params: {
+            name: {
+                "kernel": {"binary": "two", "threshold": "three"}.get(name, "none"),
+                "bias": "none",
+            }
+            for name in params
+        },
+    )
+    params, state = steps(optimizer, make_params(), 6)
+    quantized, floats = brx.quantized_params(state, params), brx.float_params(state, params)
+    assert len(np.unique(quantized["binary"]["kernel"])) == 2
+    assert len(np.unique(quantized["threshold"]["kernel"])) in (2, 3)
+    assert np.array_equal(params["binary"]["kernel"], quantized["binary"]["kernel"])
+    wanted = 0.75 * quantized["threshold"]["kernel"] + 0.25 * floats["threshold"]["kernel"]
+    np.testing.assert_allclose(params["threshold"]["kernel"], wanted, atol=1e-5)
+    for name in ("half", "plain"):
+        chex.assert_trees_all_equal(quantized[name], params[name], floats[name])
+    assert float(brx.strength(state)) in (0.75, 1.0)
+    replaced = brx.with_float_params(state, make_params(1))
+    assert float(brx.strength(replaced)) == 0
+
+
+def test_multi_steps_relaxes_once_a_full_step():
+    optimizer = optax.MultiSteps(relaxing(lam=1.0, hard_from=None), 3)
+    params, state = steps(optimizer, make_params(), 2)
+    chex.assert_trees_all_equal(params, make_params())
+    assert float(brx.strength(state)) == 0
+    params, state = steps(optimizer, params, 1, state)
+    assert float(brx.strength(state)) == 0.5
+    assert not np.array_equal(params["binary"]["kernel"], make_params()["binary"]["kernel"])
+
+
+def test_apply_if_finite_leaves_the_state_alone():
+    optimizer = optax.apply_if_finite(relaxing(), 5)
+    params, state = steps(optimizer, make_params(), 3)
+    nan = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    _, after = steps(optimizer, nan, 1, state)  # the gradients are NaN there
+    assert int(after.notfinite_count) == 1
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+    assert int(steps(optimizer, params, 1, after)[1].inner_state.count) == 4
+
+
+def test_injected_hyperparameters_are_set_at_run_time():
+    make = optax.inject_hyperparams(brx.binary_relax)
+    optimizer = optax.chain(make(optax.sgd(0.05), RULES, lam=1.0, hard_from=1000))
+    params, state = steps(optimizer, make_params(), 1)
+    hyperparams = state[0].hyperparams
+    assert float(brx.strength(state)) == 0.5
+    for lam, strength in ((3.0, 0.75), (0.0, 0.0), (jnp.inf, 1.0)):
+        hyperparams["lam"] = jnp.asarray(lam, hyperparams["lam"].dtype)
+        params, state = steps(optimizer, params, 1, state)
+        hyperparams = state[0].hyperparams
+        assert float(brx.strength(state)) == strength
+    hyperparams["lam"] = jnp.float32(1.0)
+    hyperparams["hard_from"] = jnp.zeros_like(hyperparams["hard_from"])
+    params, state = steps(optimizer, params, 3, state)
+    assert float(brx.strength(state)) == 1
+    chex.assert_trees_all_equal(brx.quantized_params(state, params), params)
+
+
+def test_injected_schedules():
+    make = optax.inject_hyperparams(brx.binary_relax, static_args="hard_from")
+    optimizer = make(optax.sgd(0.05), RULES, lam=brx.linear_continuation(4), hard_from=None)
+    params, state = steps(optimizer, make_params(), 0)
+    strengths = []
+    for _ in range(6):
+        params, state = steps(optimizer, params, 1, state)
+        strengths.append(float(brx.strength(state)))
+    np.testing.assert_allclose(strengths, [0, 0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
+
+
+def test_with_float_params_goes_on_from_them():
+    """The next update starts at the new weights, with the momentum and the count of before."""
+    optimizer = brx.binary_relax(optax.sgd(0.1, momentum=0.5), BINARY, 1.0)
+    params, grads = {"kernel": jnp.eye(3)}, {"kernel": jnp.ones((3, 3))}
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    new = {"kernel": jnp.arange(9.0).reshape(3, 3) - 4}
+    replaced = brx.with_float_params(state, new)
+    assert int(replaced.count) == 1
+    assert float(brx.strength(replaced)) == 0
+    quantized = brx.quantized_params(replaced, new)["kernel"]
+    np.testing.assert_allclose(np.abs(quantized), np.mean(np.abs(new["kernel"])), rtol=1e-5)
+    updates, after = optimizer.update(grads, replaced, new)
+    moved = new["kernel"] - 0.1 * 1.5
+    np.testing.assert_allclose(brx.float_params(after, new)["kernel"], moved, rtol=1e-6)
+    wanted = (moved + BINARY.project(moved)) / 2
+    np.testing.assert_allclose(new["kernel"] + updates["kernel"], wanted, rtol=1e-4, atol=1e-5)
+    # The old state is as it was, and the new one holds copies.
+    np.testing.assert_array_equal(brx.float_params(state, params)["kernel"], jnp.eye(3) - 0.1)
+    held = brx.float_params(replaced, new)["kernel"]
+    assert held.unsafe_buffer_pointer() != new["kernel"].unsafe_buffer_pointer()
+
+
+def test_accessors_under_jit():
+    params, state = steps(relaxing(), make_params(), 3)
+    for read in (brx.float_params, brx.quantized_params, brx.with_float_params):
+        chex.assert_trees_all_equal(jax.jit(read)(state, params), read(state, params))
+    assert float(jax.jit(brx.strength)(state)) == 0.5
+
+
+@dataclasses.dataclass
+class Attention:
+    """A user's pytree with fields of the names that Flax and this library use inside."""
+
+    kernel: jax.Array
+    value: dict[str, jax.Array]
+    scale: dict[str, jax.Array]
+
+
+jax.tree_util.register_dataclass(Attention, ["kernel", "value", "scale"], [])
+
+ODD_TREES = {
+    "one array": lambda k: k(1),
+    "attributes named value and scale": lambda k: Attention(k(1), {"kernel": k(2)}, {"cut": k(3)}),
+    "keys with slashes": lambda k: {"a/b": k(1), "a": {"b": k(2)}},
+    "numbers and their texts": lambda k: {"a": {0: k(1)}, "b": [k(2)], "c": ({"0": k(3)},)},
+    "names of the state's fields": lambda k: {"float_params": k(1), "fits": {"scale": {"x": k(2)}}},
+}
+
+
+@pytest.mark.parametrize("tree", ODD_TREES.values(), ids=ODD_TREES)
+def test_leaves_are_not_mixed_up(tree):
+    """Each leaf has weights of its own size: two leaves of one path would show, or be refused."""
+    params = tree(lambda i: jnp.full((i, 2), float(i)))
+    optimizer = brx.binary_connect(optax.sgd(0.0), BINARY)
+    try:
+        state = optimizer.init(params)
+    except ValueError as error:
+        assert "a/b" in str(error)  # noqa: PT017
+        return
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    wanted = tree(lambda i: jnp.full((i, 2), float(i)))
+    for got in (params, brx.float_params(state, params), brx.quantized_params(state, params)):
+        chex.assert_trees_all_equal(got, wanted)
+    doubled = jax.tree.map(lambda p: 2 * p, wanted)
+    replaced = brx.with_float_params(state, doubled)
+    chex.assert_trees_all_equal(brx.quantized_params(replaced, doubled), doubled)
+
+
+def test_a_state_without_ours_is_refused():
+    params = make_params()
+    for state in (optax.adam(0.1).init(params), (), None, optax.chain(optax.sgd(0.1)).init(params)):
+        for read in (brx.float_params, brx.quantized_params, brx.with_float_params):
+            with pytest.raises(ValueError, match="no state of binary_relax"):
+                read(state, params)
+        with pytest.raises(ValueError, match="no state of binary_relax"):
+            brx.strength(state)
+
+
+def test_memory_is_the_base_one_float_copy_and_the_scales():
+    params, base = make_params(), optax.adam(0.1)
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    floats = 4 * 3 * 4 * len(QUANTIZED)  # the float32 copies
+    scales = 4 * (3 + 2 + 2 * 3)  # per channel; the tensor's, and its cut; two blocks a column
+    moments = 2 * 2 * 4 * 3  # Adam's, of the bfloat16 leaf in float32
+    state = relaxing(base=base).init(params)
+    assert size(state) == size(base.init(params)) + moments + floats + scales + 4 + 4
+    assert size(steps(relaxing(base=base), params, 2)[1]) == size(state)
+
+
+def test_float_copies_are_copies():
+    """Donation of the params must not take the state's arrays along, nor the other way round."""
+    params = make_params()
+    optimizer = relaxing()
+    state = optimizer.init(params)
+    pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+    assert pointers.isdisjoint(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state))
+    step = jax.jit(
+        lambda state, params: optimizer.update(params, state, params), donate_argnums=(0,)
+    )
+    updates, after = step(state, params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    both = jax.jit(optimizer.update, donate_argnums=(1, 2))
+    updates, after = both(updates, after, jax.tree.map(jnp.copy, params))
+    assert all(np.isfinite(leaf.astype("float32")).all() for leaf in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal_structs(after, optimizer.init(params))
+
+
+def stable(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+@pytest.mark.parametrize("lam", [1, 1.0, np.float64(2), lambda c: c, lambda c: 1.5, lambda c: 0])
+@pytest.mark.parametrize("hard_from", [None, 3])
+def test_structure_dtypes_and_weak_types_do_not_change(lam, hard_from):
+    optimizer, params = relaxing(lam, hard_from), make_params()
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, params, state, params)
+    assert stable(after) == stable(state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+def test_tree_utilities():
+    optimizer = relaxing(base=optax.sgd(0.1))
+    params, state = steps(optimizer, make_params(), 3)
+    assert int(optax.tree.get(state, "count")) == 3
+    assert float(optax.tree.get(state, "lam")) == 1
+    again = optax.tree.set(state, count=jnp.int32(7))
+    assert int(again.count) == 7
+    same = jax.tree.map(lambda leaf: leaf, state)
+    chex.assert_trees_all_equal(same, state)
+    assert jax.tree.structure(same) == jax.tree.structure(state)
+    mapped = optax.tree_utils.tree_map_params(optimizer, lambda leaf: leaf + 1, state)
+    for name in QUANTIZED:
+        y, after = (brx.float_params(s, params)[name]["kernel"] for s in (state, mapped))
+        np.testing.assert_array_equal(after, y + 1)
+    assert int(mapped.count) == 3
+    assert float(mapped.lam) == 1
+    with_momentum = relaxing(base=optax.sgd(0.1, momentum=0.9))
+    ones = optax.tree_utils.tree_map_params(
+        with_momentum, jnp.ones_like, with_momentum.init(make_params())
+    )
+    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(ones.base_state))
+
+
+SAVED = optax.chain(optax.clip(1.0), relaxing())
+
+
+@functools.cache
+def saved():
+    """Params and a state shortly before phase II."""
+    return steps(SAVED, make_params(), 4)
+
+
+def assert_resumes(restored):
+    """Training goes on from a restored state as from the original, bit for bit."""
+    params, state = saved()
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+    left, right = (steps(SAVED, params, 6, s)[0] for s in (state, restored))
+    chex.assert_trees_all_equal(left, right)
+
+
+def test_pickle():
+    assert_resumes(pickle.loads(pickle.dumps(saved()[1])))
+
+
+def test_flax_serialization():
+    fresh, (_, state) = SAVED.init(make_params()), saved()
+    assert_resumes(serialization.from_bytes(fresh, serialization.to_bytes(state)))
+    assert_resumes(serialization.from_state_dict(fresh, serialization.to_state_dict(state)))
+
+
+def test_flax_serialization_of_a_train_state():
+    model = linen.Dense(3)
+    params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    optimizer = brx.binary_relax(optax.adam(0.1), BINARY, 1.0, hard_from=2)
+    state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+    moved = state
+    for _ in range(5):
+        moved = moved.apply_gradients(grads=jax.tree.map(jnp.cos, moved.params))
+    restored = serialization.from_bytes(state, serialization.to_bytes(moved))
+    chex.assert_trees_all_equal(restored.params, moved.params)
+    chex.assert_trees_all_equal(
+        brx.float_params(restored.opt_state, restored.params),
+        brx.float_params(moved.opt_state, moved.params),
+    )
+
+
+def test_orbax(tmp_path):
+    params, state = saved()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        abstract = jax.eval_shape(SAVED.init, params)
+        assert_resumes(checkpointer.restore(tmp_path / "state", abstract))
+
+
+def test_nnx_state_at_init_and_after_updates():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(4, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)])
+
+        def __call__(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    model = Model(nnx.Rngs(0))
+    rules = brx.select((r"^layers/0/kernel$", BINARY), (r"^layers/1/", None))
+    optimizer = nnx.Optimizer(
+        model, optax.chain(brx.binary_relax(optax.sgd(0.1), rules, 1.0)), wrt=nnx.Param
+    )
+    grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 4))) ** 2))
+    for strength in (0.0, 0.5, 0.5):
+        assert float(brx.strength(optimizer.opt_state)) == strength
+        params = nnx.state(model, nnx.Param)
+        floats = brx.float_params(optimizer.opt_state, params)
+        quantized = brx.quantized_params(optimizer.opt_state, params)
+        chex.assert_trees_all_equal_structs(params, floats, quantized)
+        first, second = quantized["layers"][0], quantized["layers"][1]
+        assert len(np.unique(first["kernel"][...])) == 2
+        np.testing.assert_array_equal(second["kernel"][...], model.layers[1].kernel[...])
+        w = model.layers[0].kernel[...]
+        wanted = (1 - strength) * floats["layers"][0]["kernel"][...]
+        wanted += strength * first["kernel"][...]
+        np.testing.assert_allclose(w, wanted, atol=1e-5)
+        optimizer.update(model, grads(model))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    replaced = brx.with_float_params(optimizer.opt_state, zeros)
+    for leaf in jax.tree.leaves(brx.float_params(replaced, zeros)):
+        assert not np.any(leaf)
