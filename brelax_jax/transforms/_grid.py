@@ -122,8 +122,8 @@ def follow(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     spacing = jnp.maximum(old.reach * 2.0 ** (1 - shape.digits), _least(dtype))
     if has_integer_levels(qset):
         least = jnp.maximum(jnp.round(fit.scale / spacing), 1) * spacing
-    else:  # their weights are rounded to the grid of the scale itself
-        least = jnp.maximum(fit.scale, spacing * 2.0**-shape.finest)
+    else:  # their weights are rounded to the grid of the scale itself; no weight is beyond a level
+        least = jnp.maximum(fit.scale, spacing * 2.0 ** (shape.top - shape.reach - shape.finest))
     nearest = jnp.where(fit.scale < last.scale, least, jnp.minimum(fit.scale, most))
     return fit._replace(scale=jnp.where((last.scale > 0) & (fit.scale > 0), nearest, fit.scale))
 
