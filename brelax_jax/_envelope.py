@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from brelax_jax.sets import QuantizedSet, compute_dtype
+from brelax_jax.sets._search import shift_of
 
 
 def strength_of(lam: ArrayLike) -> Array:
@@ -42,7 +43,7 @@ def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     residual = _residual(w, qset)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(residual), initial=0))
     unit = jnp.where(largest > 0, largest, 1)
-    shift = jnp.where(unit > 1, 2.0**-8, 1)  # the reciprocal of a huge unit would be subnormal
+    shift = shift_of(unit)
     square = jnp.sum(jnp.square((residual * shift) / (unit * shift)))
     on_set = square == 0
     return unit * jnp.where(on_set, 0, jnp.sqrt(jnp.where(on_set, 1, square)))

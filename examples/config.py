@@ -44,7 +44,7 @@ class Config:
     set: str = setting(
         "binary",
         "quantization",
-        "binary, ternary, ternary-threshold, uniform2..8, power2..5, or levels as in levels:-3,-1,1,3",
+        "binary, ternary, ternary-threshold, uniform2..8, power2..5, or as levels:-3,-1,1,3",
     )
     granularity: str = setting(
         "tensor",
@@ -133,8 +133,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "short": dict(dataset="cifar10", model="resnet8", epochs=5, validation=0.0),
     # The authors' recipe. Train it with --method float first, then --warm-start from that run.
     "paper": dict(
-        dataset="cifar10", model="vgg11", validation=0.0, set="binary", granularity="tensor", first="same",
-        last="float", lam_start=1.04, lam_growth=1.04, hard_from=150.0, epochs=200, batch=128, lr=0.1,
+        dataset="cifar10", model="vgg11", validation=0.0, set="binary", granularity="tensor",
+        first="same", last="float", lam_start=1.04, lam_growth=1.04, hard_from=150.0, epochs=200,
+        batch=128, lr=0.1,
         lr_schedule="drops", lr_drops=(80.0, 140.0), momentum=0.9, weight_decay=1e-4,
     ),
 }  # fmt: skip

@@ -124,8 +124,8 @@ def _tfds(name: str, image_size: int | None, progress: bool) -> tuple[Split, Spl
     if name.split("/")[0].split(":")[0] not in known:
         close = difflib.get_close_matches(name, known)
         raise ValueError(
-            f"Unknown dataset {name!r}. Known: {', '.join(KNOWN)}, and every image classification dataset of TFDS, "
-            f"such as {', '.join(ALSO)}."
+            f"Unknown dataset {name!r}. Known: {', '.join(KNOWN)}, and every image classification "
+            f"dataset of TFDS, such as {', '.join(ALSO)}."
             + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
     builder: Any = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     picture = plots.plot_runs(quantized, Path(options.out) / "demo.png", settings.directory)
     print(
-        f"\n{len(loaded.test)} test images; each network as it would be deployed, its weights projected:\n"
+        f"\n{len(loaded.test)} test images; each network as it would be deployed, "
+        "its weights projected:\n"
     )
     print(table([row(name, result) for name, result in results.items()]))
     print(f"\n{picture}")

@@ -16,9 +16,11 @@ from matplotlib import pyplot as plt
 
 PALETTE = ("#1f6fb4", "#d1495b", "#3a9d6e", "#e09f3e", "#6d597a", "#4f5d75")
 STYLE: Any = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#e6e6e6",
     "axes.edgecolor": "#888888", "axes.axisbelow": True, "font.size": 9, "axes.titlesize": 10,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False, "figure.dpi": 160,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
+    "figure.dpi": 160,
 }  # fmt: skip
 
 
@@ -70,7 +72,7 @@ def split_of(log: Sequence[dict[str, Any]]) -> str:
 
 
 def accuracy_panel(axes: Any, logs: dict[str, Any], float_log: Any) -> None:
-    """Accuracy of the deployed params over epochs; of the current ones, too, if there is one run."""
+    """Accuracy of the deployed params over epochs; if there is one run, of the current ones too."""
     lowest = 1.0
     split = split_of(next(iter(logs.values())))
     for color, (name, log) in zip(PALETTE * len(logs), logs.items(), strict=False):

@@ -29,17 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     rows = [
-        {"layer": layer["path"], "weights": f"{layer['weights']:,}", "scales": f"{layer['groups']:,}",
-         "distinct values per scale": str(layer["distinct"])}
+        {"layer": layer["path"], "weights": f"{layer['weights']:,}",
+         "scales": f"{layer['groups']:,}", "distinct values per scale": str(layer["distinct"])}
         for layer in result["layers"]
     ]  # fmt: skip
     if rows:
         print("\n" + table(rows))
     print(
-        f"\ntest accuracy: {result['test_current']:.2%} current, {result['test_deployed']:.2%} deployed"
+        f"\ntest accuracy: {result['test_current']:.2%} current, "
+        f"{result['test_deployed']:.2%} deployed"
     )
     print(
-        f"bits per quantized weight: {result['bits_per_weight']:.3f}; all params: {result['bytes'] / 1024:,.0f} KiB"
+        f"bits per quantized weight: {result['bits_per_weight']:.3f}; "
+        f"all params: {result['bytes'] / 1024:,.0f} KiB"
     )
     picture = plots.plot_runs(
         {f"{config.method} {config.set}": config.directory}, Path(config.directory) / "run.png"

@@ -1,7 +1,6 @@
-"""A quadratic in two dimensions: same SGD, same start, a tenth of the learning rate from step 75 on.
+"""A quadratic, picked from 700 random ones, on which BinaryConnect flips signs without end.
 
-At no binary point does the gradient vanish: it drives BinaryConnect's float weights across an axis,
-where a sign flips, and back, without end. BinaryRelax nears the minimum, then lands beside it.
+BinaryRelax, with the same SGD and start, nears the minimum, then lands beside it. 75: phase II.
 """
 
 import matplotlib.pyplot as plt

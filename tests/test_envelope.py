@@ -1,4 +1,4 @@
-"""Distance, Moreau envelope and relaxation: by definition, by gradients, and at the ends λ = 0 and λ = ∞."""
+"""Distance, envelope and relaxation: by definition, by gradients, and at λ = 0 and λ = ∞."""
 
 import functools
 

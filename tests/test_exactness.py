@@ -467,7 +467,7 @@ def grouped(x, granularity):
         case brx.PerBlock(size=size, axis=0):
             blocks = x.reshape(steps, shape[0] // size, size, *shape[1:])
             return np.moveaxis(blocks, 2, -1).reshape(steps, -1, size)
-    raise NotImplementedError(granularity)
+    raise ValueError(granularity)
 
 
 def bits(x):

@@ -40,12 +40,19 @@ def level_index(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
       magnitudes: ascending and nonnegative.
     """
     if len(magnitudes) > COMPARED and tuple(magnitudes) == tuple(range(len(magnitudes))):
-        nearest = jnp.round(a / jnp.where(scale > 0, scale, 1))
+        unit = jnp.where(scale > 0, scale, 1)
+        shift = shift_of(unit)
+        nearest = jnp.round((a * shift) / (unit * shift))
         return jnp.minimum(nearest, float(len(magnitudes) - 1))
     index = jnp.zeros_like(a)
     for lower, upper in itertools.pairwise(magnitudes):
         index += (a > scale * ((lower + upper) / 2)).astype(a.dtype)
     return index
+
+
+def shift_of(unit: Array) -> Array:
+    """What to multiply a divisor by, so that its reciprocal is not subnormal if it is huge."""
+    return jnp.where(unit > 1, 2.0**-8, 1)
 
 
 def at_index(index: Array, magnitudes: Sequence[float]) -> Array:
@@ -76,7 +83,7 @@ def least_squares_scale(w: Array, magnitudes: Sequence[float], axes: tuple[int, 
         a = jnp.abs(w)
         peak = jnp.max(a, axis=axes, keepdims=True)
         unit = jnp.where(peak > 0, peak, 1)
-        shift = jnp.where(unit > 1, 2.0**-8, 1)  # the reciprocal of a huge unit would be subnormal
+        shift = shift_of(unit)
         scale = unit * _branch_and_bound((a * shift) / (unit * shift), magnitudes, axes)
         scale = jnp.where(peak > 0, scale, peak)  # 0, or NaN
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)

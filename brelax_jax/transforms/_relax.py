@@ -1,7 +1,7 @@
 """BinaryRelax as an Optax gradient transformation."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.core
@@ -145,7 +145,7 @@ def binary_relax(
             exact = state.count >= jnp.asarray(hard_from) - LEAD
         alpha = strength_of(now)
         exact |= alpha == 1
-        fresh = jnp.isfinite(state.lam)
+        pull = _Pull(alpha, exact, jnp.isfinite(state.lam), led)
 
         def held(path: str, p: Any, fit: Any, last: Any) -> Any:
             if is_masked(fit):
@@ -157,7 +157,7 @@ def binary_relax(
         def step(path: str, p: Any, u: Any, y: Any, fit: Any, last: Any) -> Any:
             if is_masked(y):
                 return u
-            return _step(selection.the_set_of(path, p), p, y, fit, last, alpha, exact, fresh, led)
+            return _step(selection.the_set_of(path, p), p, y, fit, last, pull)
 
         new_updates = map_with_path(step, params, base_updates, floats, fits, state.fits)
         return new_updates, BinaryRelaxState(
@@ -236,16 +236,29 @@ def binary_connect(
     return binary_relax(base, qset, jnp.inf, None, float_dtype)
 
 
+class _Pull(NamedTuple):
+    """How one update pulls the params, as scalars.
+
+    Attributes:
+      alpha: the strength.
+      exact: whether the weights are to be on their grids.
+      fresh: whether the update before was not at full strength.
+      led: whether phase II has begun, after the updates that lead to it.
+    """
+
+    alpha: Array
+    exact: Array
+    fresh: Array
+    led: Array
+
+
 def _step(
     qset: QuantizedSet,
     p: Array,
     y: Array,
     fit: Fit,
     last: Fit,
-    alpha: Array,
-    exact: Array,
-    fresh: Array,
-    led: Array,
+    pull: _Pull,
 ) -> Array:
     """The update of one leaf: from p to the relaxed weights, on the grid if it is to be exact."""
     groups = qset.granularity.groups(y.shape)
@@ -253,10 +266,11 @@ def _step(
         grid_of(each.scale.reshape(groups.scale_view), qset, p.dtype) for each in (fit, last)
     )
     quantized = place_on_grid(y, fit, qset, p.dtype)
-    w = blend(y, quantized, alpha.astype(y.dtype)).reshape(groups.view)
+    w = blend(y, quantized, pull.alpha.astype(y.dtype)).reshape(groups.view)
     now = p.reshape(groups.view)
-    snap = ~led & (fresh | has_room(qset, p.dtype))  # else p leaves its grid with a scale's jump
-    w = jnp.where(exact, landing_point(w, now, grid, last_grid, snap), w)
+    # A set without room leaves the grid when its scale jumps, but must not fall back to it.
+    snap = ~pull.led & (pull.fresh | has_room(qset, p.dtype))
+    w = jnp.where(pull.exact, landing_point(w, now, grid, last_grid, snap), w)
     return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
 
 
