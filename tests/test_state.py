@@ -272,7 +272,7 @@ def test_leaves_are_not_mixed_up(tree):
 
 def test_two_leaves_of_one_path_are_refused():
     params = {"a/b": jnp.ones((1, 2)), "a": {"b": jnp.ones((2, 2))}}
-    with pytest.raises(ValueError, match="2 leaves .* 'a/b'"):
+    with pytest.raises(ValueError, match=r"2 leaves .* 'a/b'"):
         brx.binary_connect(optax.sgd(0.0), BINARY).init(params)
 
 
