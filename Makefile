@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRA ?= dev
 
-.PHONY: demo test lint types bench install clean
+.PHONY: demo test soak lint types bench install clean
 
 # The JPEG decoders and JAX share the cores; a platform warning would be the only line on stderr.
 export JAX_PLATFORMS ?= cpu
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed  ## digits: float, BinaryConnect and BinaryRelax, binar
 
 test: $(VENV)/.installed  ## the whole suite, doctests included
 	$(BIN)/python -m pytest -q
+
+soak: $(VENV)/.installed  ## what is too long for the suite: every combination
+	$(BIN)/python -m pytest -q -m soak
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

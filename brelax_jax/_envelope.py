@@ -53,7 +53,7 @@ def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     """min over u of λ/2·‖u − w‖² + indicator of Q(u), which is λ/2·distance(w, Q)².
 
     Its gradient is λ·(w − proj_Q(w)) almost everywhere. At λ = ∞ it is the indicator itself: 0 on
-    Q, else ∞.
+    Q, with gradient 0, else ∞, with a gradient of infinities and NaN, because there is none.
 
     Args:
       w: floating array of any shape.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Selection:
         """The set of one leaf, or None if it stays as it is."""
         for pattern, qset in self.rules:
             if re.search(pattern, path):
-                return qset if jnp.size(leaf) else None
+                return qset if math.prod(jnp.shape(leaf)) else None
         return self.default if is_kernel(path, leaf) else None
 
     def the_set_of(self, path: str, leaf: Any) -> QuantizedSet:
@@ -131,7 +132,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
     return (
         jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         and jnp.ndim(leaf) >= 2
-        and jnp.size(leaf) > 0
+        and math.prod(jnp.shape(leaf)) > 0
         and path.rpartition("/")[2] not in NOT_KERNELS
     )
 

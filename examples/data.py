@@ -30,8 +30,8 @@ ALSO = (
 
 PREPARE = """\
 {name} is not prepared in {place} (TFDS_DATA_DIR sets another place).
-To download and prepare it, once:
-    pip install "brelax_jax[prepare]"
+To download and prepare it, once, in a clone of brelax_jax:
+    pip install ".[prepare]"
     python -c "import tensorflow_datasets as tfds; \
 tfds.builder('{name}', file_format='array_record').download_and_prepare()"
 The extra brings TensorFlow, which TFDS needs for this step only.
@@ -91,6 +91,12 @@ def load(
     )
     held_out = Split(train.images[:0], train.labels[:0])
     if validation:
+        few = int(validation * len(train))
+        if few < classes:
+            raise ValueError(
+                f"--validation {validation} holds {few} of {len(train)} examples out, fewer than "
+                f"the {classes} classes: hold out more of them, or 0."
+            )
         train, held_out = _stratified(train, validation)
     if train_examples is not None and train_examples < len(train):
         train = train[np.random.default_rng(SPLIT_SEED).permutation(len(train))[:train_examples]]

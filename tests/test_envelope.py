@@ -81,6 +81,17 @@ def test_relax_is_bitwise_at_both_ends_in_every_dtype(dtype):
     np.testing.assert_allclose(between, midway, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
+def test_at_infinity_the_envelope_is_the_indicator():
+    on, off = SETS["binary"].project(weights()), jnp.asarray(weights())
+    envelope = jax.value_and_grad(lambda w: brx.moreau_envelope(w, SETS["binary"], jnp.inf))
+    value, gradient = envelope(on)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+    value, gradient = envelope(off)
+    assert value == np.inf
+    assert not np.isfinite(gradient).any()
+
+
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("lam", [0.3, 5.0])
 def test_relax_is_the_minimizer_that_it_says(name, lam):

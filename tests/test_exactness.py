@@ -8,6 +8,7 @@ every case, whose numbers are its arguments.
 import dataclasses
 import functools
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,21 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @every_form
 @every_width
 def test_params_are_exactly_quantized(width, form, case):
+    """A covering design: see `leaves_of`."""
+    check_exactness(width, form, case)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("shift", range(len(OPTIMIZERS)))
+@every_form
+@pytest.mark.parametrize("per", GRANULARITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_params_are_exactly_quantized_in_every_combination(dtype, per, form, shift):
+    for case in CASES.values():
+        check_exactness(Whole(dtype, per, shift), form, case)
+
+
+def check_exactness(width, form, case):
     trace = run(width, form, case)
     faults = {
         name: faults_of(trace, name, qset)[case.exact_from :]
@@ -342,6 +358,14 @@ FORM = {
 }
 
 
+class Whole(NamedTuple):
+    """In the place of a width: every set, in one dtype and granularity."""
+
+    dtype: str
+    per: str
+    shift: int  # which leaf has which optimizer
+
+
 def rules(leaves):
     """One rule for each leaf of a flat dict."""
     return brx.select(*((f"^{name}$", qset) for name, qset in leaves.items()))
@@ -353,6 +377,9 @@ def leaves_of(width, form):
     So float32 has every set in every granularity. The 16-bit dtypes take turns too. The hardest
     leaf comes on top.
     """
+    if isinstance(width, Whole):
+        names = [f"{name}-{width.per}" for name in SETS]
+        return {name: (LEAVES[name], width.dtype) for name in names}
     turn = 2 * FORMS.index(form) + WIDTHS.index(width)
     turns = {turn % 3, (turn + 1) % 3} if (width, form) == (32, "wrapper") else {turn % 3}
     leaves = {}
@@ -373,7 +400,7 @@ def program(width, form):
     Each leaf has one of the four optimizers, another one in each form and width.
     """
     leaves = leaves_of(width, form)
-    shift = FORMS.index(form) + 2 * WIDTHS.index(width)
+    shift = FORMS.index(form) + 2 * WIDTHS.index(width) if width in WIDTHS else width.shift
     labels = {
         name: list(OPTIMIZERS)[(i + shift) % len(OPTIMIZERS)] for i, name in enumerate(leaves)
     }

@@ -148,54 +148,7 @@ def test_help_names_every_setting(capsys):
     assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(Config))
 
 
-# Data and models.
-
-
-def test_digits_are_split_once_for_all_runs(digits):
-    everything = data.load("digits", validation=0.2)
-    sizes = [len(split) for split in (everything.train, everything.validation, everything.test)]
-    assert sizes == [1077, 270, 450]
-    assert len(digits.train) == 256
-    images = [
-        split.images.reshape(len(split), -1)
-        for split in (everything.train, everything.validation, everything.test)
-    ]
-    seen = [{row.tobytes() for row in part} for part in images]
-    assert not (seen[0] | seen[1]) & seen[2]
-    assert set(np.bincount(everything.test.labels)) <= {43, 44, 45, 46}
-    np.testing.assert_array_equal(data.load("digits").test.images, digits.test.images)
-
-
-def test_unknown_dataset_lists_the_known(capsys):
-    assert train.main(["--dataset", "cifar11"]) == 2
-    message = capsys.readouterr().err
-    assert "'cifar11'" in message
-    assert "digits, cifar10, cifar100" in message
-    assert "Did you mean" in message
-
-
-def test_data_that_is_not_there_says_what_to_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert train.main(["--dataset", "cifar100", "--quiet"]) == 2
-    message = capsys.readouterr().err
-    assert 'pip install "brelax_jax[prepare]"' in message
-    assert "tfds.builder('cifar100', file_format='array_record').download_and_prepare()" in message
-    assert "--dataset digits" in message
-    assert str(tmp_path) in message
-
-
-def test_data_that_is_no_image_classification_is_refused():
-    with pytest.raises(ValueError, match="not an image classification"):
-        data.load("tiny_shakespeare")
-
-
-def test_cifar10_if_it_is_there():
-    try:
-        cifar = data.load("cifar10", image_size=16, train_examples=100, progress=False)
-    except FileNotFoundError:
-        pytest.skip("CIFAR-10 is not prepared")
-    assert cifar.train.images.shape == (100, 16, 16, 3)
-    assert len(cifar.test) == 10000
+# Models.
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -16,7 +16,13 @@ def test_geometric_values(call, every):
     lam = brx.geometric_continuation(0.5, 1.04, every)
     for count in (0, 1, 6, 7, 8, 13, 14, 100, 700):
         expected = 0.5 * 1.04 ** (count // every)
-        np.testing.assert_allclose(call(lam, count), expected, rtol=1e-4)
+        np.testing.assert_allclose(call(lam, count), expected, rtol=1e-6)
+
+
+def test_growth_from_step_to_step_stays_accurate_in_long_runs():
+    lam = brx.geometric_continuation(1e-6, 1.0001)
+    for count in (50_000, 300_000):
+        np.testing.assert_allclose(lam(count), 1e-6 * 1.0001**count, rtol=3e-6)
 
 
 @pytest.mark.parametrize("call", [lambda f, n: f(n), lambda f, n: jax.jit(f)(jnp.int32(n))])
@@ -67,6 +73,8 @@ def test_a_schedule_runs_over_a_traced_count():
         ({"init_value": np.nan}, "init_value must be positive.*got nan"),
         ({"growth": 0.96}, "growth must be at least 1.*got 0.96"),
         ({"growth": np.nan}, "growth must be at least 1.*got nan"),
+        ({"growth": None}, "growth must be at least 1.*got None"),
+        ({"every": "epoch"}, "every must be at least 1.*got 'epoch'"),
         ({"every": 0}, "every must be at least 1.*got 0"),
     ],
 )
@@ -75,7 +83,7 @@ def test_geometric_bad_input(arguments, message):
         brx.geometric_continuation(**arguments)
 
 
-@pytest.mark.parametrize("steps", [0, -5, np.nan])
+@pytest.mark.parametrize("steps", [0, -5, np.nan, "all"])
 def test_linear_bad_input(steps):
-    with pytest.raises(ValueError, match=f"steps must be at least 1.*got {steps}"):
+    with pytest.raises(ValueError, match=f"steps must be at least 1.*got '?{steps}"):
         brx.linear_continuation(steps)

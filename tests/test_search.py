@@ -142,6 +142,8 @@ def test_mean_magnitude_where_the_sum_overflows():
     w = np.stack([np.full(1000, -1e37), np.linspace(0, 1, 1000)]).astype(np.float32)
     mean = jax.jit(lambda w: _search.mean_magnitude(w, (1,)))(w)[:, 0]
     np.testing.assert_allclose(mean, [1e37, 0.5], rtol=1e-5)
+    largest = np.full((1, 1000), np.finfo(np.float32).max)
+    np.testing.assert_allclose(_search.mean_magnitude(largest, (1,)), largest[:, :1], rtol=1e-5)
     w[0, 0] = np.nan
     mean = jax.jit(lambda w: _search.mean_magnitude(w, (1,)))(w)[:, 0]
     assert np.isnan(mean[0])

@@ -440,6 +440,8 @@ def test_bits_at_the_limit_and_one_bit():
         ((0,), "positive"),
         ((-np.inf, np.inf), "finite"),
         ((-1, np.nan, 1), "finite"),
+        ((-1e20, 1e20), "1e-12 to 1"),
+        ((-1e-20, 0, 1e-20), "1e-12 to 1"),
         ((-1, 1j), "real numbers"),
         (1.0, "real numbers"),
         (tuple(range(-128, 129)), "at most 255.*int8"),
@@ -451,7 +453,7 @@ def test_levels_that_make_no_set(levels, fault):
         brx.ScaledLevels(levels)
 
 
-@pytest.mark.parametrize("factor", [0, -0.7, np.inf, np.nan])
+@pytest.mark.parametrize("factor", [0, -0.7, np.inf, np.nan, "0.7", None])
 def test_threshold_factor_out_of_range(factor):
     with pytest.raises(ValueError, match=rf"factor must be .*positive.*got {factor!r}"):
         brx.TernaryThreshold(factor)

@@ -112,6 +112,18 @@ def test_phase_two_starts_at_hard_from(form, hard_from):
 
 
 @every_form
+def test_numbers_may_be_traced(form):
+    """A transformation made inside jit, from λ and `hard_from` that are its arguments."""
+    params = normal(0, 4, 3)
+
+    def run(lam, hard_from):
+        return trace_of(FORMS[form](optax.sgd(0.1), BINARY, lam, hard_from), params, [params] * 3)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(close, jax.jit(run)(1.0, 2), run(1.0, 2))
+
+
+@every_form
 def test_without_hard_from_phase_two_never_starts(form):
     """λ = 1e6 is not ∞: the params stay off the set."""
     grads = [{"kernel": normal(i, 4, 4)} for i in range(20)]

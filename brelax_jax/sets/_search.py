@@ -205,13 +205,16 @@ def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
 
 
 def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
-    """The mean of |w| along `axes`, which stay; if the plain sum overflows, by a second pass."""
+    """The mean of |w| along `axes`, which stay; if the plain sum overflows, by other passes."""
     size = math.prod(w.shape[axis] for axis in axes)
     total = jnp.sum(jnp.abs(w), axis=axes, keepdims=True)
     return lax.cond(
         jnp.all(jnp.isfinite(total)),
         lambda: total / size,
-        lambda: jnp.sum(jnp.abs(w) / size, axis=axes, keepdims=True),
+        lambda: jnp.minimum(
+            2 * jnp.sum(jnp.abs(w) / (2 * size), axis=axes, keepdims=True),
+            jnp.max(jnp.abs(w), axis=axes, keepdims=True),
+        ),
     )
 
 

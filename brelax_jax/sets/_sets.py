@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 from jax import Array
 
+from brelax_jax._arguments import is_number
 from brelax_jax.sets._base import Fit, QuantizedSet
 from brelax_jax.sets._search import mean_magnitude
 
 MOST_LEVELS = 255  # codes are int8
+LARGEST = 1e12  # level, and one over the least positive one: sums of squares do not overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class TernaryThreshold(QuantizedSet):
     factor: float = 0.7
 
     def __post_init__(self) -> None:
-        if not (self.factor > 0 and math.isfinite(self.factor)):
+        if not (is_number(self.factor) and self.factor > 0 and math.isfinite(self.factor)):
             raise ValueError(
                 f"factor must be a positive finite number (0.7 is customary), got {self.factor!r}."
             )
@@ -150,8 +152,8 @@ class ScaledLevels(QuantizedSet):
       levels: ascending and symmetric about zero, at most 255.
 
     Raises:
-      ValueError: if the levels are not finite real numbers, ascending, symmetric, without repeats,
-        one of them positive.
+      ValueError: if the levels are not real numbers of magnitude 0 or 1e-12 to 1e12, ascending,
+        symmetric, without repeats, one of them positive.
     """
 
     levels: tuple[float, ...]
@@ -191,6 +193,8 @@ def _symmetric(levels: Sequence[float]) -> tuple[float, ...]:
 
     if not all(map(math.isfinite, checked)):
         raise refuse("must be finite")
+    if any(level and not 1 / LARGEST <= abs(level) <= LARGEST for level in checked):
+        raise refuse(f"must be 0 or from {1 / LARGEST} to {LARGEST} in magnitude")
     if not any(level > 0 for level in checked):
         raise refuse("must include a positive one")
     if len(set(checked)) < len(checked):

@@ -13,7 +13,7 @@ on a grid:
 - The last `LEAD` updates of phase I round w to the grid and clip it to `reach`, far outside the
   levels. Where p + (w − p) would miss w, because p is not on the grid yet, p itself is rounded to
   the grid: that is exact always, since the two are within a factor of two of one another, and the
-  next update reaches w. Two updates suffice; the others are for scales that jump meanwhile.
+  next update reaches w. `LANDING` updates suffice; the others are for scales that jump meanwhile.
 """
 
 import math
@@ -25,7 +25,8 @@ from jax.typing import DTypeLike
 
 from brelax_jax.sets import Fit, QuantizedSet
 
-LEAD = 4
+LANDING = 2  # updates that it takes from anywhere onto the grid
+LEAD = 4  # and of phase I that do
 
 
 class Grid(NamedTuple):
@@ -138,7 +139,7 @@ def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> A
     return grid.round(w.reshape(groups.view)).reshape(y.shape)
 
 
-def landing_point(w: Array, p: Array, grid: Grid, last: Grid, snap: Array) -> Array:
+def landing_point(w: Array, p: Array, grid: Grid, last: Grid, landed: Array) -> Array:
     """Where to send p: to w on the grid, or onto the grid if p is off it and cannot arrive.
 
     Args:
@@ -146,7 +147,7 @@ def landing_point(w: Array, p: Array, grid: Grid, last: Grid, snap: Array) -> Ar
       p: the weights now, in the dtype of the params.
       grid: that of w; broadcasts against it.
       last: that of p, if it is on one.
-      snap: whether p may be put onto the grid first.
+      landed: whether p is known to be on it.
     """
     info = jnp.finfo(p.dtype)
 
@@ -157,7 +158,7 @@ def landing_point(w: Array, p: Array, grid: Grid, last: Grid, snap: Array) -> Ar
     goal = jnp.clip(grid.round(w), -grid.reach, grid.reach)
     arrives = stored(now + stored(goal - now)) == goal
     snapped = jnp.clip(grid.round(now), -grid.reach, grid.reach)
-    return jnp.where(arrives | (last.round(now) == now) | ~snap, goal, snapped)
+    return jnp.where(landed | arrives | (last.round(now) == now), goal, snapped)
 
 
 def _least(dtype: DTypeLike) -> float:

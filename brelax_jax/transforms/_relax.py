@@ -21,10 +21,10 @@ from brelax_jax._select import (
 )
 from brelax_jax.sets import Fit, QuantizedSet
 from brelax_jax.transforms._grid import (
+    LANDING,
     LEAD,
     follow,
     grid_of,
-    has_room,
     landing_point,
     place_on_grid,
 )
@@ -111,6 +111,7 @@ def binary_relax(
             fits=_fits(floats, params),
             count=jnp.zeros((), jnp.int32),
             lam=jnp.zeros((), jnp.float32),
+            landed=jnp.zeros((), jnp.int32),
             selection=selection,
         )
 
@@ -138,14 +139,13 @@ def binary_relax(
         )
         fits = _fits(floats, params)
         now = jnp.asarray(lam(state.count) if callable(lam) else lam, jnp.float32)
-        exact, led = jnp.array(False), jnp.array(False)
+        exact = jnp.array(False)
         if hard_from is not None:
-            led = (state.count >= hard_from) & (jnp.asarray(hard_from) >= LEAD)
             now = jnp.where(state.count >= hard_from, jnp.inf, now)
             exact = state.count >= jnp.asarray(hard_from) - LEAD
         alpha = strength_of(now)
         exact |= alpha == 1
-        pull = _Pull(alpha, exact, jnp.isfinite(state.lam), led)
+        pull = _Pull(alpha, exact, state.landed >= LANDING)
 
         def held(path: str, p: Any, fit: Any, last: Any) -> Any:
             if is_masked(fit):
@@ -161,7 +161,13 @@ def binary_relax(
 
         new_updates = map_with_path(step, params, base_updates, floats, fits, state.fits)
         return new_updates, BinaryRelaxState(
-            base_state, floats, fits, jnp.asarray(optax.safe_increment(state.count)), now, selection
+            base_state,
+            floats,
+            fits,
+            jnp.asarray(optax.safe_increment(state.count)),
+            now,
+            jnp.where(exact, jnp.minimum(state.landed + 1, LANDING), 0),
+            selection,
         )
 
     def _fits(floats: Any, params: Any) -> Any:
@@ -242,14 +248,12 @@ class _Pull(NamedTuple):
     Attributes:
       alpha: the strength.
       exact: whether the weights are to be on their grids.
-      fresh: whether the update before was not at full strength.
-      led: whether phase II has begun, after the updates that lead to it.
+      landed: whether they are on the grids of the update before.
     """
 
     alpha: Array
     exact: Array
-    fresh: Array
-    led: Array
+    landed: Array
 
 
 def _step(
@@ -268,9 +272,7 @@ def _step(
     quantized = place_on_grid(y, fit, qset, p.dtype)
     w = blend(y, quantized, pull.alpha.astype(y.dtype)).reshape(groups.view)
     now = p.reshape(groups.view)
-    # A set without room leaves the grid when its scale jumps, but must not fall back to it.
-    snap = ~pull.led & (pull.fresh | has_room(qset, p.dtype))
-    w = jnp.where(pull.exact, landing_point(w, now, grid, last_grid, snap), w)
+    w = jnp.where(pull.exact, landing_point(w, now, grid, last_grid, pull.landed), w)
     return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
 
 

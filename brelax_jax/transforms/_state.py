@@ -26,6 +26,7 @@ class BinaryRelaxState(NamedTuple):
       count: int32, updates so far.
       lam: float32, the λ with which the current params were made: 0 before the first update, ∞ in
         phase II.
+      landed: int32, how many updates in a row have put the params on their grids, up to 2.
       selection: which leaves are quantized on which sets; a pytree without leaves.
     """
 
@@ -34,6 +35,7 @@ class BinaryRelaxState(NamedTuple):
     fits: Any
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     lam: Array
+    landed: Array
     selection: Selection
 
 
@@ -103,7 +105,8 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
             if leaf == path
         }
         qset = state.selection.the_set_of(path, y)
-        return place_on_grid(y, Fit(**parts), qset, dtype).astype(dtype)
+        q = place_on_grid(y, Fit(**parts), qset, dtype).astype(dtype)
+        return jnp.where(q == 0, 0, q)  # not −0, which no sum ends at
 
     return _read(opt_state, params, quantized)
 
@@ -151,7 +154,12 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
             return getattr(new_fits[leaf], field)
 
         fits = jax.tree_util.tree_map_with_path(part, state.fits)
-        return state._replace(float_params=floats, fits=fits, lam=jnp.zeros_like(state.lam))
+        return state._replace(
+            float_params=floats,
+            fits=fits,
+            lam=jnp.zeros_like(state.lam),
+            landed=jnp.zeros_like(state.landed),
+        )
 
     return jax.tree.map(replaced, opt_state, is_leaf=_is_state)
 
