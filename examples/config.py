@@ -116,6 +116,14 @@ class Config:
         ]
         return self.out or "runs/" + "-".join(words).replace("/", "_").replace(":", "")
 
+    def steps_per_epoch(self, examples: int) -> int:
+        """Whole batches in so many examples; fewer than one batch make a smaller one."""
+        return max(examples // self.batch, 1)
+
+    def images_per_epoch(self, examples: int) -> int:
+        """How many of so many examples an epoch trains on."""
+        return self.steps_per_epoch(examples) * min(self.batch, examples)
+
     @property
     def hard_epoch(self) -> float:
         """The epoch at which phase II begins."""

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = configs(options.out, options.epochs)
     settings = runs["float"]
     loaded = data.load(settings.dataset, validation=settings.validation)
-    progress = Progress(len(runs) * settings.epochs * len(loaded.train), options.quiet)
+    images = settings.epochs * settings.images_per_epoch(len(loaded.train))
+    progress = Progress(len(runs) * images, options.quiet)
     results = {}
     for name, config in runs.items():
         shutil.rmtree(config.directory, ignore_errors=True)

@@ -60,8 +60,8 @@ class Trainer:
         self.config, self.data = config, data
         self.model = make_model(config.model, data.classes, config.dtype)
         self.batch = min(config.batch, len(data.train))
-        self.steps_per_epoch = len(data.train) // self.batch  # whole batches only
-        self.images_per_epoch = self.steps_per_epoch * self.batch
+        self.steps_per_epoch = config.steps_per_epoch(len(data.train))
+        self.images_per_epoch = config.images_per_epoch(len(data.train))
         self.learning_rate = learning_rate(config, self.steps_per_epoch)
         self.optimizer = make_optimizer(config, self.steps_per_epoch)
         self.mean, self.std = map(jnp.asarray, data.channel_moments)

@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.train_examples,
             progress=not options.quiet,
         )
-        progress = Progress(config.epochs * len(loaded.train), quiet=options.quiet)
+        images = config.epochs * config.images_per_epoch(len(loaded.train))
+        progress = Progress(images, quiet=options.quiet)
         result = run(config, loaded, progress, options.resume)
         progress.close()
     except (ValueError, FileNotFoundError) as error:
