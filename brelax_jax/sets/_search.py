@@ -7,15 +7,17 @@ minima, so descending from a start (alternating minimization, "Lloyd") is not en
 
 is a sum of maxima of lines, hence convex. Between two scales at which E is known, h lies below its
 chord, which gives a lower bound of E on the interval in closed form, tight to second order in the
-width. Best-first branch and bound on that bound needs one reduction over the weights for each
-evaluation of E and no sort. Where it ends before `ROUNDS`, no scale anywhere has an error below the
-best one found by more than `TOLERANCE`, relative. With 6 bits and more it often does not: the error
-is then at most that of the scale max |w| / m_K.
+width. So branch and bound needs one reduction over the weights for each evaluation of E and no
+sort. It goes from the least scale up: where the bound shows that an interval holds nothing better
+than the best scale known, it moves on, else it splits the interval. What it remembers is a short
+stack of scales ahead at which E is known; the farthest are forgotten when it is full, which costs
+an evaluation later. It ends with a certificate: no scale anywhere has an error below the best one
+found by more than `TOLERANCE`, relative.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,12 +25,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 INTERVALS = 8  # to begin with, geometrically spaced
-SLOTS = 32  # intervals held at once; beyond that the one with the worst bound is dropped
-ROUNDS = 96  # splits at most; a single-basin E takes 10 to 30
-TOLERANCE = 1e-6  # of the squared error, before the last polish
-POLISH = 3  # alternating steps from the best scale, to the bottom of its basin
+STACK = 8  # scales ahead that are remembered
+ROUNDS = 2000  # evaluations of E at most; ternary takes about 10, Uniform(8) up to 400
+TOLERANCE = 1e-6  # of the squared error
+FLOOR = 1e-12  # of the sum of squares: errors below are rounding
+POLISH = 2  # alternating steps from the best scale, to the bottom of its basin
 
-COMPARED = 8  # up to so many magnitudes, comparing with each is faster than dividing
+COMPARED = 8  # up to so many magnitudes, comparing with each is faster than dividing,
+ROUNDED = 3  # but not in the search, where multiplying by one reciprocal is exact enough
 
 
 def level_index(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
@@ -39,7 +43,7 @@ def level_index(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
       scale: nonnegative, broadcasts against `a`.
       magnitudes: ascending and nonnegative.
     """
-    if len(magnitudes) > COMPARED and tuple(magnitudes) == tuple(range(len(magnitudes))):
+    if len(magnitudes) > COMPARED and _consecutive(magnitudes):
         unit = jnp.where(scale > 0, scale, 1)
         shift = shift_of(unit)
         nearest = jnp.round((a * shift) / (unit * shift))
@@ -57,7 +61,7 @@ def shift_of(unit: Array) -> Array:
 
 def at_index(index: Array, magnitudes: Sequence[float]) -> Array:
     """The magnitudes at these (float) indices, elementwise and without a gather."""
-    if tuple(magnitudes) == tuple(range(len(magnitudes))):
+    if _consecutive(magnitudes):
         return index
     values = jnp.full_like(index, magnitudes[0])
     for position, magnitude in enumerate(magnitudes[1:], start=1):
@@ -89,103 +93,103 @@ def least_squares_scale(w: Array, magnitudes: Sequence[float], axes: tuple[int, 
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
 
-class _Intervals(NamedTuple):
-    """Intervals of s and the error at their ends; the first axis counts them, then the groups."""
+class _Known(NamedTuple):
+    """Scales and the errors at them."""
 
-    low: Array
-    high: Array
-    low_error: Array
-    high_error: Array
+    scale: Array
+    error: Array
 
 
 class _Search(NamedTuple):
-    """What the loop carries."""
+    """What the loop carries.
 
-    intervals: _Intervals
-    best: Array
-    best_error: Array
+    Attributes:
+      below: up to here there is nothing better than the best.
+      ahead: larger scales, ascending along the first axis; at the end repeats of the largest.
+      best: the scale of the least error so far.
+      rounds: evaluations so far.
+    """
+
+    below: _Known
+    ahead: _Known
+    best: _Known
     rounds: Array
 
 
 def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
     """As `least_squares_scale`, for groups whose largest entry is 1."""
 
-    def error(scale: Array) -> Array:
-        return jnp.sum(jnp.square(_residual(a, scale, magnitudes)), axis=axes, keepdims=True)
+    def known(scale: Array) -> _Known:
+        residual = _residual(a, scale, magnitudes)
+        return _Known(scale, jnp.sum(jnp.square(residual), axis=axes, keepdims=True))
 
     energy = jnp.sum(jnp.square(a), axis=axes, keepdims=True)
     # Outside [low, high] every entry has the largest magnitude, or E falls toward the interval.
-    low = (
-        jnp.maximum(jnp.mean(a, axis=axes, keepdims=True), jnp.finfo(a.dtype).tiny) / magnitudes[-1]
-    )
+    mean = jnp.mean(a, axis=axes, keepdims=True)
+    low = jnp.maximum(mean, jnp.finfo(a.dtype).tiny) / magnitudes[-1]
     high = jnp.ones_like(low) / next(m for m in magnitudes if m > 0)
     steps = jnp.arange(INTERVALS + 1, dtype=a.dtype).reshape(-1, *([1] * a.ndim)) / INTERVALS
-    nodes = jnp.exp(jnp.log(low) * (1 - steps) + jnp.log(high) * steps)
-    errors = lax.map(error, nodes)
+    nodes = lax.map(known, jnp.exp(jnp.log(low) * (1 - steps) + jnp.log(high) * steps))
+    least = jnp.argmin(nodes.error, axis=0)[None]
+    last = _each(lambda x: x[-1], nodes)
 
-    def padded(x: Array, fill: float) -> Array:
-        return jnp.concatenate([x, jnp.full((SLOTS - INTERVALS, *x.shape[1:]), fill, x.dtype)])
-
-    # A slot that is free holds an interval of infinite error, whose bound is never the least.
-    intervals = _Intervals(
-        padded(nodes[:-1], 1.0),
-        padded(nodes[1:], 1.0),
-        padded(errors[:-1], jnp.inf),
-        padded(errors[1:], jnp.inf),
-    )
-    starts = jnp.concatenate([nodes, jnp.full_like(low, 1 / magnitudes[-1])[None]])  # and max |w|
-    start_errors = jnp.concatenate([errors, error(starts[-1])[None]])
-    first = jnp.argmin(start_errors, axis=0)
-    start = _Search(
-        intervals, _take(starts, first), _take(start_errors, first), jnp.zeros((), jnp.int32)
-    )
-
-    def uncertain(search: _Search) -> Array:
-        least = jnp.min(_bound(search.intervals, energy)[0], axis=0)
-        return (search.rounds < ROUNDS) & jnp.any(least < (1 - TOLERANCE) * search.best_error)
-
-    def split(search: _Search) -> _Search:
-        bounds, points = _bound(search.intervals, energy)
-        chosen, dropped = jnp.argmin(bounds, axis=0), jnp.argmax(bounds, axis=0)
-        parent = _Intervals(*(_take(end, chosen) for end in search.intervals))
-        middle = _take(points, chosen)
-        middle_error = error(middle)
-        left = parent._replace(high=middle, high_error=middle_error)
-        right = parent._replace(low=middle, low_error=middle_error)
-        better = middle_error < search.best_error
-        return _Search(
-            _Intervals(
-                *(
-                    _put(_put(ends, dropped, new_right), chosen, new_left)
-                    for ends, new_left, new_right in zip(search.intervals, left, right, strict=True)
-                )
-            ),
-            jnp.where(better, middle, search.best),
-            jnp.where(better, middle_error, search.best_error),
-            search.rounds + 1,
+    def advanced(search: _Search) -> _Search:
+        """Past the first interval, in the groups where it holds nothing better."""
+        head = _each(lambda x: x[0], search.ahead)
+        goal = (1 - TOLERANCE) * search.best.error - FLOOR * energy
+        passed = _bound(search.below, head, energy)[0] >= goal
+        passed |= head.scale <= search.below.scale * (1 + 4 * jnp.finfo(a.dtype).eps)
+        rest = _each(lambda x, end: jnp.concatenate([x[1:], end[None]]), search.ahead, last)
+        return search._replace(
+            below=_each(lambda x, y: jnp.where(passed, x, y), head, search.below),
+            ahead=_each(lambda x, y: jnp.where(passed, x, y), rest, search.ahead),
         )
 
-    scale = lax.while_loop(uncertain, split, start).best
-    for _ in range(POLISH if len(magnitudes) <= COMPARED else 4 * POLISH):
-        q = at_index(level_index(a, scale, magnitudes), magnitudes)
-        gain = jnp.sum(q * (a - scale * q), axis=axes, keepdims=True)
-        norm = jnp.sum(jnp.square(q), axis=axes, keepdims=True)
-        scale += gain / jnp.where(norm > 0, norm, 1)
+    def uncertain(search: _Search) -> Array:
+        return (search.rounds < ROUNDS) & jnp.any(search.below.scale < last.scale)
+
+    def split(search: _Search) -> _Search:
+        head = _each(lambda x: x[0], search.ahead)
+        middle = known(_bound(search.below, head, energy)[1])
+        better = middle.error < search.best.error
+        search = _Search(
+            below=search.below,
+            ahead=_each(lambda x, y: jnp.concatenate([x[None], y[:-1]]), middle, search.ahead),
+            best=_each(lambda x, y: jnp.where(better, x, y), middle, search.best),
+            rounds=search.rounds + 1,
+        )
+        return advanced(advanced(advanced(search)))
+
+    start = _Search(
+        below=_each(lambda x: x[0], nodes),
+        ahead=_each(lambda x: x[1 : STACK + 1], nodes),
+        best=_each(lambda x: jnp.take_along_axis(x, least, axis=0)[0], nodes),
+        rounds=jnp.zeros((), jnp.int32),
+    )
+    scale = lax.while_loop(uncertain, split, advanced(start)).best.scale
+    for _ in range(POLISH):
+        scale = _refitted(a, scale, magnitudes, axes)
     return scale
 
 
-def _bound(intervals: _Intervals, energy: Array) -> tuple[Array, Array]:
-    """For each interval, a lower bound of E on it, and the scale at which to split it.
+def _refitted(a: Array, scale: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
+    """The least-squares scale for the codes that are nearest at `scale`."""
+    q = at_index(level_index(a, scale, magnitudes), magnitudes)
+    norm = jnp.sum(jnp.square(q), axis=axes, keepdims=True)
+    gain = jnp.sum(q * (a - scale * q), axis=axes, keepdims=True)
+    return scale + gain / jnp.where(norm > 0, norm, 1)
+
+
+def _bound(below: _Known, above: _Known, energy: Array) -> tuple[Array, Array]:
+    """A lower bound of E between two scales, and the scale at which to split their interval.
 
     With s = s₀·(1 + t·(r − 1)), r = s₁/s₀, the chord of h gives
     E(s) ≥ (1−t)·(s/s₀)·E₀ + t·(s/s₁)·E₁ − t·(1−t)·((r−1)²/r)·Σa², a quadratic in t.
     """
-    low, high, low_error, high_error = intervals
+    (low, e0), (high, e1) = below, above
     ratio = high / low
     growth = ratio - 1
     slack = energy * growth * growth / ratio
-    free = jnp.isinf(low_error)
-    e0, e1 = jnp.where(free, 0, low_error), jnp.where(free, 0, high_error)
     linear = e0 * (growth - 1) + e1 / ratio - slack
     square = (e1 / ratio - e0) * growth + slack
     vertex = jnp.where(
@@ -193,15 +197,26 @@ def _bound(intervals: _Intervals, energy: Array) -> tuple[Array, Array]:
     )
     t = jnp.clip(vertex, 0, 1)
     bound = jnp.minimum(jnp.minimum(e0, e1), e0 + t * (linear + t * square))
-    return jnp.where(free, jnp.inf, bound), low + (high - low) * jnp.clip(t, 0.1, 0.9)
+    return jnp.maximum(bound, 0), low + (high - low) * jnp.clip(t, 0.1, 0.9)
+
+
+def _each(function: Callable[..., Array], *known: _Known) -> _Known:
+    return _Known(*map(function, *known))
 
 
 def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
-    """|a − the nearest of scale·magnitudes|."""
+    """a − the nearest of scale·magnitudes, or its absolute value."""
+    if len(magnitudes) > ROUNDED and _consecutive(magnitudes):
+        return a - scale * jnp.minimum(jnp.round(a * (1 / scale)), magnitudes[-1])
     if len(magnitudes) > COMPARED:
         return a - scale * at_index(level_index(a, scale, magnitudes), magnitudes)
     distances = [jnp.abs(a - scale * m) if m else a for m in magnitudes]
     return jax.tree.reduce(jnp.minimum, distances)
+
+
+def _consecutive(magnitudes: Sequence[float]) -> bool:
+    """Whether they are 0, 1, 2, …"""
+    return tuple(magnitudes) == tuple(range(len(magnitudes)))
 
 
 def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
@@ -216,12 +231,3 @@ def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
             jnp.max(jnp.abs(w), axis=axes, keepdims=True),
         ),
     )
-
-
-def _take(x: Array, index: Array) -> Array:
-    return jnp.take_along_axis(x, index[None], axis=0)[0]
-
-
-def _put(x: Array, index: Array, value: Array) -> Array:
-    slots = jnp.arange(x.shape[0]).reshape(-1, *([1] * (x.ndim - 1)))
-    return jnp.where(slots == index, value, x)
