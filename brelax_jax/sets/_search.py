@@ -24,12 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-INTERVALS = 8  # to begin with, geometrically spaced
+INTERVALS = 4  # to begin with, geometrically spaced
 STACK = 8  # scales ahead that are remembered
 ROUNDS = 2000  # evaluations of E at most; ternary takes about 10, Uniform(8) up to 400
 TOLERANCE = 1e-6  # of the squared error
 FLOOR = 1e-12  # of the sum of squares: errors below are rounding
-POLISH = 2  # alternating steps from the best scale, to the bottom of its basin
 
 COMPARED = 8  # up to so many magnitudes, comparing with each is faster than dividing,
 ROUNDED = 3  # but not in the search, where multiplying by one reciprocal is exact enough
@@ -162,14 +161,12 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
 
     start = _Search(
         below=_each(lambda x: x[0], nodes),
-        ahead=_each(lambda x: x[1 : STACK + 1], nodes),
+        ahead=_each(lambda x, end: jnp.stack([*x[1:], *[end] * (STACK - INTERVALS)]), nodes, last),
         best=_each(lambda x: jnp.take_along_axis(x, least, axis=0)[0], nodes),
         rounds=jnp.zeros((), jnp.int32),
     )
-    scale = lax.while_loop(uncertain, split, advanced(start)).best.scale
-    for _ in range(POLISH):
-        scale = _refitted(a, scale, magnitudes, axes)
-    return scale
+    best = lax.while_loop(uncertain, split, advanced(start)).best.scale
+    return _refitted(a, best, magnitudes, axes)
 
 
 def _refitted(a: Array, scale: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
