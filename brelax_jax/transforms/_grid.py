@@ -139,14 +139,13 @@ def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> A
     return grid.round(w.reshape(groups.view)).reshape(y.shape)
 
 
-def landing_point(w: Array, p: Array, grid: Grid, last: Grid, landed: Array) -> Array:
+def landing_point(w: Array, p: Array, grid: Grid, landed: Array) -> Array:
     """Where to send p: to w on the grid, or onto the grid if p is off it and cannot arrive.
 
     Args:
       w: the weights wanted, at least float32.
       p: the weights now, in the dtype of the params.
       grid: that of w; broadcasts against it.
-      last: that of p, if it is on one.
       landed: whether p is known to be on it.
     """
     info = jnp.finfo(p.dtype)
@@ -158,7 +157,7 @@ def landing_point(w: Array, p: Array, grid: Grid, last: Grid, landed: Array) -> 
     goal = jnp.clip(grid.round(w), -grid.reach, grid.reach)
     arrives = stored(now + stored(goal - now)) == goal
     snapped = jnp.clip(grid.round(now), -grid.reach, grid.reach)
-    return jnp.where(landed | arrives | (last.round(now) == now), goal, snapped)
+    return jnp.where(landed | arrives, goal, snapped)
 
 
 def _least(dtype: DTypeLike) -> float:

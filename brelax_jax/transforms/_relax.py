@@ -154,12 +154,12 @@ def binary_relax(
 
         fits = map_with_path(held, params, fits, state.fits)
 
-        def step(path: str, p: Any, u: Any, y: Any, fit: Any, last: Any) -> Any:
+        def step(path: str, p: Any, u: Any, y: Any, fit: Any) -> Any:
             if is_masked(y):
                 return u
-            return _step(selection.the_set_of(path, p), p, y, fit, last, pull)
+            return _step(selection.the_set_of(path, p), p, y, fit, pull)
 
-        new_updates = map_with_path(step, params, base_updates, floats, fits, state.fits)
+        new_updates = map_with_path(step, params, base_updates, floats, fits)
         return new_updates, BinaryRelaxState(
             base_state,
             floats,
@@ -271,18 +271,15 @@ def _step(
     p: Array,
     y: Array,
     fit: Fit,
-    last: Fit,
     pull: _Pull,
 ) -> Array:
     """The update of one leaf: from p to the relaxed weights, on the grid if it is to be exact."""
     groups = qset.granularity.groups(y.shape)
-    grid, last_grid = (
-        grid_of(each.scale.reshape(groups.scale_view), qset, p.dtype) for each in (fit, last)
-    )
+    grid = grid_of(fit.scale.reshape(groups.scale_view), qset, p.dtype)
     quantized = place_on_grid(y, fit, qset, p.dtype)
     w = blend(y, quantized, pull.alpha.astype(y.dtype)).reshape(groups.view)
     now = p.reshape(groups.view)
-    w = jnp.where(pull.exact, landing_point(w, now, grid, last_grid, pull.landed), w)
+    w = jnp.where(pull.exact, landing_point(w, now, grid, pull.landed), w)
     return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
 
 
