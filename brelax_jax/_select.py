@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from brelax_jax.sets import QuantizedSet
+from brelax_jax.sets import QuantizedSet, groups_of
 
 NOT_KERNELS = ("bias", "scale", "embedding")
 
@@ -66,7 +66,7 @@ class Selection:
                     "Only floating leaves can be quantized; put a rule that gives it None first."
                 )
             try:
-                qset.granularity.groups(jnp.shape(leaf))
+                groups_of(qset.granularity, leaf)
             except ValueError as error:
                 raise ValueError(f"{path!r}, selected for {qset}: {error}") from None
 

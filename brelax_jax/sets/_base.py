@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from brelax_jax.sets._granularity import Granularity, Groups, PerTensor
+from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
 from brelax_jax.sets._quantized import Quantized
 from brelax_jax.sets._search import at_index, least_squares_scale, level_index
 
@@ -140,7 +140,7 @@ class QuantizedSet:
             raise TypeError(
                 f"w must be of a floating dtype, got {w.dtype}; convert it, for example to float32."
             )
-        self.granularity.groups(w.shape)
+        groups_of(self.granularity, w)
         return w
 
 

@@ -9,7 +9,11 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
 
 
 class Groups(NamedTuple):
@@ -132,6 +136,30 @@ class PerBlock:
             )
         before, after = tuple(shape[:axis]), tuple(shape[axis + 1 :])
         return Groups((*before, blocks, self.size, *after), (axis + 1,), (*before, blocks, *after))
+
+
+def groups_of(granularity: Granularity, w: Any) -> Groups:
+    """The scale groups of this array.
+
+    Raises:
+      ValueError: if the granularity does not fit its shape, or cuts across its shards: in JAX's
+        explicit sharding mode, which refuses that; in the automatic one XLA moves the entries.
+    """
+    groups = granularity.groups(jnp.shape(w))
+    if isinstance(granularity, PerBlock) and isinstance(w, Array):
+        axis = _axis_in(granularity.axis, w.shape, granularity)
+        sharding = jax.typeof(w).sharding
+        names = sharding.spec[axis] if axis < len(sharding.spec) else None
+        names = names if isinstance(names, tuple) else (names,)
+        shards = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+        entries = w.shape[axis] // shards
+        if entries % granularity.size:
+            raise ValueError(
+                f"{granularity} cuts across the {shards} shards of axis {axis} of shape "
+                f"{w.shape}, of {entries} entries each. Choose a size that divides them, or shard "
+                "another axis."
+            )
+    return groups
 
 
 def _integer(value: object, name: str) -> int:

@@ -291,8 +291,8 @@ def _in_turn(largest: Array, fit: Callable[[Array], Fit], y: Array) -> Fit:
     """
 
     def after(largest: Array, y: Array) -> Fit:
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fit, y))
-        return lax.cond(largest != -1, fit, lambda _: nothing, y)
+        # Of `fit` only shapes and shardings are left in the other branch: the rest is dead code.
+        return lax.cond(largest != -1, fit, lambda y: jax.tree.map(jnp.zeros_like, fit(y)), y)
 
     return lax.platform_dependent(largest, y, cpu=after, default=lambda _, y: fit(y))
 
