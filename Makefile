@@ -33,7 +33,8 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/.installed  ## ratios of update times, measured in one run
+bench: $(VENV)/.installed  ## ratios of the times of projections, updates and steps, measured in one run
+	$(BIN)/python -m benchmarks.projections
 	$(BIN)/python -m benchmarks.updates
 
 clean:

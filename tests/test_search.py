@@ -92,6 +92,27 @@ def test_search_ends_on_what_has_no_answer():
     np.testing.assert_array_equal(scale[jnp.array([0, 2, 5, 7])], clean[jnp.array([0, 2, 5, 7])])
 
 
+def test_the_search_is_over_long_before_its_bound_and_ends_there_in_any_case(monkeypatch):
+    rng = np.random.default_rng(0)
+    hostile = np.stack(
+        [
+            rng.uniform(0, 1, 2000),  # E is flat near its least value
+            np.arange(2000) / 2000,
+            np.where(np.arange(2000) == 0, 1, 1e-6 * rng.standard_normal(2000)),
+            rng.choice([1, 1e-1, 1e-2, 1e-3], 2000) * rng.normal(1, 0.01, 2000),
+        ]
+    )
+    a = np.abs(hostile / np.max(np.abs(hostile), axis=1, keepdims=True)).astype(np.float32)
+    for bits, most in [(2, 40), (4, 100), (8, 500)]:
+        end = _search.branch_and_bound(a, range(2 ** (bits - 1)), (1,))
+        assert end.rounds <= most < _search.ROUNDS
+        assert np.all(end.below.scale == end.ahead.scale[-1])  # certified up to the largest scale
+    nothing = _search.branch_and_bound(np.full((2, 9), np.nan, np.float32), range(8), (1,))
+    assert nothing.rounds == 0
+    monkeypatch.setattr(_search, "ROUNDS", 7)
+    assert _search.branch_and_bound(a, range(128), (1,)).rounds == 7
+
+
 def test_an_optimum_among_many_basins():
     """Levels far apart and weights in clusters give an error of many near-equal local minima."""
     rng = np.random.default_rng(1)

@@ -87,7 +87,9 @@ def least_squares_scale(w: Array, magnitudes: Sequence[float], axes: tuple[int, 
         peak = jnp.max(a, axis=axes, keepdims=True)
         unit = jnp.where(peak > 0, peak, 1)
         shift = shift_of(unit)
-        scale = unit * _branch_and_bound((a * shift) / (unit * shift), magnitudes, axes)
+        a = (a * shift) / (unit * shift)
+        best = branch_and_bound(a, magnitudes, axes).best.scale
+        scale = unit * _refitted(a, best, magnitudes, axes)
         scale = jnp.where(peak > 0, scale, peak)  # 0, or NaN
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
@@ -99,7 +101,7 @@ class _Known(NamedTuple):
     error: Array
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """What the loop carries.
 
     Attributes:
@@ -115,8 +117,8 @@ class _Search(NamedTuple):
     rounds: Array
 
 
-def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
-    """As `least_squares_scale`, for groups whose largest entry is 1."""
+def branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Search:
+    """The search at its end, for magnitudes of weights of which the largest in each group is 1."""
 
     def known(scale: Array) -> _Known:
         residual = _residual(a, scale, magnitudes)
@@ -132,7 +134,7 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
     least = jnp.argmin(nodes.error, axis=0)[None]
     last = _each(lambda x: x[-1], nodes)
 
-    def advanced(search: _Search) -> _Search:
+    def advanced(search: Search) -> Search:
         """Past the first interval, in the groups where it holds nothing better."""
         head = _each(lambda x: x[0], search.ahead)
         goal = (1 - TOLERANCE) * search.best.error - FLOOR * energy
@@ -144,14 +146,14 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
             ahead=_each(lambda x, y: jnp.where(passed, x, y), rest, search.ahead),
         )
 
-    def uncertain(search: _Search) -> Array:
+    def uncertain(search: Search) -> Array:
         return (search.rounds < ROUNDS) & jnp.any(search.below.scale < last.scale)
 
-    def split(search: _Search) -> _Search:
+    def split(search: Search) -> Search:
         head = _each(lambda x: x[0], search.ahead)
         middle = known(_bound(search.below, head, energy)[1])
         better = middle.error < search.best.error
-        search = _Search(
+        search = Search(
             below=search.below,
             ahead=_each(lambda x, y: jnp.concatenate([x[None], y[:-1]]), middle, search.ahead),
             best=_each(lambda x, y: jnp.where(better, x, y), middle, search.best),
@@ -159,14 +161,13 @@ def _branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ..
         )
         return advanced(advanced(advanced(search)))
 
-    start = _Search(
+    start = Search(
         below=_each(lambda x: x[0], nodes),
         ahead=_each(lambda x, end: jnp.stack([*x[1:], *[end] * (STACK - INTERVALS)]), nodes, last),
         best=_each(lambda x: jnp.take_along_axis(x, least, axis=0)[0], nodes),
         rounds=jnp.zeros((), jnp.int32),
     )
-    best = lax.while_loop(uncertain, split, advanced(start)).best.scale
-    return _refitted(a, best, magnitudes, axes)
+    return lax.while_loop(uncertain, split, advanced(start))
 
 
 def _refitted(a: Array, scale: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
