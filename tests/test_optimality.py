@@ -111,6 +111,17 @@ def test_small_groups(name, size):
     check(name, size, {1: 2, 9: 12, 576: 4}[size])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["ternary", "uniform4", "uniform8", "power4", "two-bit"])
+def test_16_bit_weights(name, dtype):
+    """Their scale is float32, and as good as that of the same weights in float32."""
+    rng = np.random.default_rng(0)
+    w = np.stack([KINDS[kind](rng, 100) for kind in ("normal", "t2", "integers")]).astype(dtype)
+    quantized = compiled(name)(w)
+    assert quantized.scale.dtype == np.float32
+    assert_optimal(SETS[name], ["normal", "t2", "integers"], w.astype(np.float32), quantized)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("size", [3, 64, 4608, 100_000, 1_000_000])
 @pytest.mark.parametrize("name", SETS)
