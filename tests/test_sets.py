@@ -416,6 +416,7 @@ def test_bits_at_the_limit_and_one_bit():
         ((-np.inf, np.inf), "finite"),
         ((-1, np.nan, 1), "finite"),
         ((-1e20, 1e20), "1e-12 to 1"),
+        ((-1e7, -1e-7, 1e-7, 1e7), "within a factor of 1"),
         ((-1e-20, 0, 1e-20), "1e-12 to 1"),
         ((-1, 1j), "real numbers"),
         (1.0, "real numbers"),

@@ -152,8 +152,9 @@ class ScaledLevels(QuantizedSet):
       levels: ascending and symmetric about zero, at most 255.
 
     Raises:
-      ValueError: if the levels are not real numbers of magnitude 0 or 1e-12 to 1e12, ascending,
-        symmetric, without repeats, one of them positive.
+      ValueError: if the levels are not real numbers of magnitude 0 or 1e-12 to 1e12, the
+        positive ones within a factor of 1e12, ascending, symmetric, without repeats, one of them
+        positive.
     """
 
     levels: tuple[float, ...]
@@ -195,8 +196,11 @@ def _symmetric(levels: Sequence[float]) -> tuple[float, ...]:
         raise refuse("must be finite")
     if any(level and not 1 / LARGEST <= abs(level) <= LARGEST for level in checked):
         raise refuse(f"must be 0 or from {1 / LARGEST} to {LARGEST} in magnitude")
-    if not any(level > 0 for level in checked):
+    positive = [level for level in checked if level > 0]
+    if not positive:
         raise refuse("must include a positive one")
+    if max(positive) > LARGEST * min(positive):
+        raise refuse(f"must be within a factor of {LARGEST} of one another, or 0")
     if len(set(checked)) < len(checked):
         raise refuse("must not repeat")
     if list(checked) != sorted(checked):
