@@ -97,6 +97,6 @@ def test_cifar10_if_it_is_there():
     try:
         cifar = data.load("cifar10", image_size=16, train_examples=100, progress=False)
     except FileNotFoundError:
-        pytest.skip("CIFAR-10 is not prepared")
+        pytest.skip("CIFAR-10 is not prepared on this machine: README says how to download it")
     assert cifar.train.images.shape == (100, 16, 16, 3)
     assert len(cifar.test) == 10000
