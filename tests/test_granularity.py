@@ -31,7 +31,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("granularity", "shape", "expected"), CASES, ids=str)
+def names_of(cases):
+    """Names that are the same in every process."""
+    return [f"{granularity}-{shape}" for granularity, shape, _ in cases]
+
+
+@pytest.mark.parametrize(("granularity", "shape", "expected"), CASES, ids=names_of(CASES))
 def test_groups_hold_the_right_entries_at_the_right_scale(granularity, shape, expected):
     groups, expected = granularity.groups(shape), list(expected(shape))
     assert len(groups.scale) == len(shape), "a scale has the weight's rank"
@@ -45,7 +50,7 @@ def test_groups_hold_the_right_entries_at_the_right_scale(granularity, shape, ex
         np.testing.assert_array_equal(np.flatnonzero(spread == scale_of[place]), np.sort(inside))
 
 
-@pytest.mark.parametrize(("granularity", "shape", "expected"), CASES[::2], ids=str)
+@pytest.mark.parametrize(("granularity", "shape", "expected"), CASES[::2], ids=names_of(CASES[::2]))
 def test_dequantize_gives_each_entry_the_scale_of_its_group(granularity, shape, expected):
     groups = granularity.groups(shape)
     scale = jnp.arange(1.0, 1 + np.prod(groups.scale, dtype=int)).reshape(groups.scale)
