@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brelax_jax.sets import _search
+from brelax_jax.sets import Group, _search
 from tests import oracles
 
 LEVELS = {
@@ -22,6 +22,7 @@ LEVELS = {
     "near": (-1.1, -1, 1, 1.1),
 }
 
+ROWS = Group(axes=(1,))
 modest = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
 floats = st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-4)
 tiny_groups = hnp.arrays(np.float32, (8, 5), elements=floats | st.sampled_from([0, 1, -1, 2, 3]))
@@ -31,7 +32,7 @@ tiny_groups = hnp.arrays(np.float32, (8, 5), elements=floats | st.sampled_from([
 def search(levels):
     """The scale of every row, compiled once for each level set and shape."""
     magnitudes = tuple(float(level) for level in levels if level >= 0)
-    return jax.jit(lambda w: _search.least_squares_scale(w, magnitudes, (1,)))
+    return jax.jit(lambda w: _search.least_squares_scale(w, magnitudes, ROWS))
 
 
 # The references agree with one another
@@ -104,13 +105,13 @@ def test_the_search_is_over_long_before_its_bound_and_ends_there_in_any_case(mon
     )
     a = np.abs(hostile / np.max(np.abs(hostile), axis=1, keepdims=True)).astype(np.float32)
     for bits, most in [(2, 40), (4, 100), (8, 500)]:
-        end = _search.branch_and_bound(a, range(2 ** (bits - 1)), (1,))
+        end = _search.branch_and_bound(a, range(2 ** (bits - 1)), ROWS)
         assert end.rounds <= most < _search.ROUNDS
         assert np.all(end.below.scale == end.ahead.scale[-1])  # certified up to the largest scale
-    nothing = _search.branch_and_bound(np.full((2, 9), np.nan, np.float32), range(8), (1,))
+    nothing = _search.branch_and_bound(np.full((2, 9), np.nan, np.float32), range(8), ROWS)
     assert nothing.rounds == 0
     monkeypatch.setattr(_search, "ROUNDS", 7)
-    assert _search.branch_and_bound(a, range(128), (1,)).rounds == 7
+    assert _search.branch_and_bound(a, range(128), ROWS).rounds == 7
 
 
 def test_an_optimum_among_many_basins():
@@ -161,11 +162,11 @@ def test_level_index_at_scale_zero_is_a_level():
 
 def test_mean_magnitude_where_the_sum_overflows():
     w = np.stack([np.full(1000, -1e37), np.linspace(0, 1, 1000)]).astype(np.float32)
-    mean = jax.jit(lambda w: _search.mean_magnitude(w, (1,)))(w)[:, 0]
+    mean = jax.jit(lambda w: _search.mean_magnitude(w, ROWS))(w)[:, 0]
     np.testing.assert_allclose(mean, [1e37, 0.5], rtol=1e-5)
     largest = np.full((1, 1000), np.finfo(np.float32).max)
-    np.testing.assert_allclose(_search.mean_magnitude(largest, (1,)), largest[:, :1], rtol=1e-5)
+    np.testing.assert_allclose(_search.mean_magnitude(largest, ROWS), largest[:, :1], rtol=1e-5)
     w[0, 0] = np.nan
-    mean = jax.jit(lambda w: _search.mean_magnitude(w, (1,)))(w)[:, 0]
+    mean = jax.jit(lambda w: _search.mean_magnitude(w, ROWS))(w)[:, 0]
     assert np.isnan(mean[0])
     np.testing.assert_allclose(mean[1], 0.5, rtol=1e-5)

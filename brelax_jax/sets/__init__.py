@@ -8,6 +8,7 @@ from brelax_jax.sets._granularity import PerBlock as PerBlock
 from brelax_jax.sets._granularity import PerChannel as PerChannel
 from brelax_jax.sets._granularity import PerTensor as PerTensor
 from brelax_jax.sets._granularity import groups_of as groups_of
+from brelax_jax.sets._group import Group as Group
 from brelax_jax.sets._quantized import Quantized as Quantized
 from brelax_jax.sets._sets import Binary as Binary
 from brelax_jax.sets._sets import PowerOfTwo as PowerOfTwo

@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
+from brelax_jax.sets._group import Group
 from brelax_jax.sets._quantized import Quantized
 from brelax_jax.sets._search import at_index, least_squares_scale, level_index
 
@@ -97,9 +98,14 @@ class QuantizedSet:
         """What places w on this set: the scale of each group."""
         return _fit(self, w)
 
-    def fit_groups(self, w: Array, axes: tuple[int, ...]) -> Fit:
-        """As `fit`, in a view in which a group lies along `axes`."""
-        return Fit(least_squares_scale(w, self.magnitudes, axes))
+    def fit_groups(self, w: Array, group: Group) -> Fit:
+        """As `fit`, for w in a view in which the sum of each group is `group.sum(w)`.
+
+        Args:
+          w: floats, at least float32; not empty.
+          group: the reductions over a group. A scale is of the shape of their results.
+        """
+        return Fit(least_squares_scale(w, self.magnitudes, group))
 
     def codes(self, w: Array, fit: Fit) -> Array:
         """Signed indices into the magnitudes, for w placed by `fit`; floats of w's shape."""
@@ -155,7 +161,7 @@ def _fit(qset: QuantizedSet, w: Array) -> Fit:
     if w.size == 0:
         return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
     view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
-    return jax.tree.map(lambda x: x.reshape(groups.scale), qset.fit_groups(view, groups.axes))
+    return jax.tree.map(lambda x: x.reshape(groups.scale), qset.fit_groups(view, groups.group))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -184,9 +190,7 @@ def _project_jvp(
     fit = qset.fit(w)
     groups = qset.granularity.groups(w.shape)
     q = qset._at_unit_scale(w, fit).reshape(groups.view)
-    along = jnp.sum(
-        q * tangent.astype(q.dtype).reshape(groups.view), axis=groups.axes, keepdims=True
-    )
-    norm = jnp.sum(jnp.square(q), axis=groups.axes, keepdims=True)
+    along = groups.group.sum(q * tangent.astype(q.dtype).reshape(groups.view))
+    norm = groups.group.sum(jnp.square(q))
     derivative = q * (along / jnp.where(norm > 0, norm, 1))
     return qset.place(w, fit).astype(w.dtype), derivative.reshape(w.shape).astype(w.dtype)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from brelax_jax.sets._group import Group
+
 
 class Groups(NamedTuple):
     """How one array shape splits into scale groups.
@@ -29,6 +31,11 @@ class Groups(NamedTuple):
     view: tuple[int, ...]
     axes: tuple[int, ...]
     scale: tuple[int, ...]
+
+    @property
+    def group(self) -> Group:
+        """The reductions over each group, in the view."""
+        return Group(self.axes)
 
     @property
     def scale_view(self) -> tuple[int, ...]:

@@ -16,13 +16,14 @@ found by more than `TOLERANCE`, relative.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from brelax_jax.sets._group import Group
 
 INTERVALS = 4  # to begin with, geometrically spaced
 STACK = 8  # scales ahead that are remembered
@@ -68,28 +69,28 @@ def at_index(index: Array, magnitudes: Sequence[float]) -> Array:
     return values
 
 
-def least_squares_scale(w: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
-    """argmin over s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group along `axes`.
+def least_squares_scale(w: Array, magnitudes: Sequence[float], group: Group) -> Array:
+    """argmin over s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group.
 
     Args:
       w: floats, at least float32.
       magnitudes: ascending and nonnegative, the last one positive.
-      axes: the axes of `w` that form a group.
+      group: which entries of `w` form a group.
 
     Returns:
-      Scales of w's dtype, of size one along `axes`: 0 for groups of zeros, NaN for groups that hold
+      Scales of w's dtype that broadcast against it: 0 for groups of zeros, NaN for groups that hold
       one or an infinity.
     """
     if len(magnitudes) == 1:
-        scale = mean_magnitude(w, axes) / magnitudes[0]
+        scale = mean_magnitude(w, group) / magnitudes[0]
     else:
         a = jnp.abs(w)
-        peak = jnp.max(a, axis=axes, keepdims=True)
+        peak = group.max(a)
         unit = jnp.where(peak > 0, peak, 1)
         shift = shift_of(unit)
         a = (a * shift) / (unit * shift)
-        best = branch_and_bound(a, magnitudes, axes).best.scale
-        scale = unit * _refitted(a, best, magnitudes, axes)
+        best = branch_and_bound(a, magnitudes, group).best.scale
+        scale = unit * _refitted(a, best, magnitudes, group)
         scale = jnp.where(peak > 0, scale, peak)  # 0, or NaN
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
@@ -117,16 +118,16 @@ class Search(NamedTuple):
     rounds: Array
 
 
-def branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Search:
+def branch_and_bound(a: Array, magnitudes: Sequence[float], group: Group) -> Search:
     """The search at its end, for magnitudes of weights of which the largest in each group is 1."""
 
     def known(scale: Array) -> _Known:
         residual = _residual(a, scale, magnitudes)
-        return _Known(scale, jnp.sum(jnp.square(residual), axis=axes, keepdims=True))
+        return _Known(scale, group.sum(jnp.square(residual)))
 
-    energy = jnp.sum(jnp.square(a), axis=axes, keepdims=True)
+    energy = group.sum(jnp.square(a))
     # Outside [low, high] every entry has the largest magnitude, or E falls toward the interval.
-    mean = jnp.mean(a, axis=axes, keepdims=True)
+    mean = group.mean(a)
     low = jnp.maximum(mean, jnp.finfo(a.dtype).tiny) / magnitudes[-1]
     high = jnp.ones_like(low) / next(m for m in magnitudes if m > 0)
     steps = jnp.arange(INTERVALS + 1, dtype=a.dtype).reshape(-1, *([1] * a.ndim)) / INTERVALS
@@ -170,11 +171,11 @@ def branch_and_bound(a: Array, magnitudes: Sequence[float], axes: tuple[int, ...
     return lax.while_loop(uncertain, split, advanced(start))
 
 
-def _refitted(a: Array, scale: Array, magnitudes: Sequence[float], axes: tuple[int, ...]) -> Array:
+def _refitted(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
     """The least-squares scale for the codes that are nearest at `scale`."""
     q = at_index(level_index(a, scale, magnitudes), magnitudes)
-    norm = jnp.sum(jnp.square(q), axis=axes, keepdims=True)
-    gain = jnp.sum(q * (a - scale * q), axis=axes, keepdims=True)
+    norm = group.sum(jnp.square(q))
+    gain = group.sum(q * (a - scale * q))
     return scale + gain / jnp.where(norm > 0, norm, 1)
 
 
@@ -217,15 +218,15 @@ def _consecutive(magnitudes: Sequence[float]) -> bool:
     return tuple(magnitudes) == tuple(range(len(magnitudes)))
 
 
-def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
-    """The mean of |w| along `axes`, which stay; if the plain sum overflows, by other passes."""
-    size = math.prod(w.shape[axis] for axis in axes)
-    total = jnp.sum(jnp.abs(w), axis=axes, keepdims=True)
+def mean_magnitude(w: Array, group: Group) -> Array:
+    """The mean of |w| over each group; if the plain sum overflows, by other passes."""
+    size = group.size(w)
+    total = group.sum(jnp.abs(w))
     return lax.cond(
         jnp.all(jnp.isfinite(total)),
         lambda: total / size,
         lambda: jnp.minimum(
-            2 * jnp.sum(jnp.abs(w) / (2 * size), axis=axes, keepdims=True),
-            jnp.max(jnp.abs(w), axis=axes, keepdims=True),
+            2 * group.sum(jnp.abs(w) / (2 * size)),
+            group.max(jnp.abs(w)),
         ),
     )

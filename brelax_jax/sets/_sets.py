@@ -10,6 +10,7 @@ from jax import Array
 
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._base import Fit, QuantizedSet
+from brelax_jax.sets._group import Group
 from brelax_jax.sets._search import mean_magnitude
 
 MOST_LEVELS = 255  # codes are int8
@@ -80,13 +81,13 @@ class TernaryThreshold(QuantizedSet):
             )
         self._state(levels=(-1.0, 0.0, 1.0))
 
-    def fit_groups(self, w: Array, axes: tuple[int, ...]) -> Fit:
+    def fit_groups(self, w: Array, group: Group) -> Fit:
         """See `QuantizedSet.fit_groups`."""
-        mean = mean_magnitude(w, axes)
+        mean = mean_magnitude(w, group)
         cut = self.factor * mean
         above = jnp.abs(w) > cut
-        share = jnp.mean(above.astype(w.dtype), axis=axes, keepdims=True)
-        scale = mean_magnitude(jnp.where(above, w, 0), axes) / jnp.where(share > 0, share, 1)
+        share = group.mean(above.astype(w.dtype))
+        scale = mean_magnitude(jnp.where(above, w, 0), group) / jnp.where(share > 0, share, 1)
         finite = jnp.isfinite(mean)
         return Fit(jnp.where(finite, scale, jnp.nan), jnp.where(finite, cut, jnp.nan))
 
