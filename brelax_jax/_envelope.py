@@ -26,7 +26,8 @@ def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     Differentiable almost everywhere, and on Q, where the gradient is 0.
 
     Args:
-      w: floating array of any shape.
+      w: floating array of any shape; inside `jax.shard_map`, a part of one that goes on over the
+        `axis_name` of the set's granularity.
       qset: the set Q.
 
     Returns:
@@ -41,12 +42,14 @@ def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     Array(1.4142, dtype=float32)
     """
     residual = _residual(w, qset)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(residual), initial=0))
+    group = qset.granularity.groups(residual.shape).whole
+    largest = group.max(jax.lax.stop_gradient(jnp.abs(residual)), initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     shift = shift_of(unit)
-    square = jnp.sum(jnp.square((residual * shift) / (unit * shift)))
+    square = group.sum(jnp.square((residual * shift) / (unit * shift)))
     on_set = square == 0
-    return unit * jnp.where(on_set, 0, jnp.sqrt(jnp.where(on_set, 1, square)))
+    norm = unit * jnp.where(on_set, 0, jnp.sqrt(jnp.where(on_set, 1, square)))
+    return norm.reshape(())
 
 
 def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:

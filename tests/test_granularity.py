@@ -83,6 +83,28 @@ def test_values_not_spellings():
     assert brx.PerBlock(np.int64(8)) == brx.PerBlock(8, axis=-1)
     assert hash(brx.PerChannel([0, 1])) == hash(brx.PerChannel((0, 1)))
     assert len({brx.PerTensor(), brx.PerTensor(), brx.PerChannel(), brx.PerChannel(-1)}) == 2
+    assert brx.PerTensor(["a", "b"]) == brx.PerTensor(("a", "b")) != brx.PerTensor("a")
+    assert hash(brx.PerChannel(axis_name=["a"])) == hash(brx.PerChannel(axis_name=("a",)))
+
+
+@pytest.mark.parametrize("name", ["binary", "ternary", "threshold"])
+@pytest.mark.parametrize("granularity", [brx.PerTensor, brx.PerChannel])
+def test_a_group_goes_on_over_a_mapped_axis(name, granularity):
+    """Four parts under `vmap`, which names the axis that they lie along."""
+    build = {"binary": brx.Binary, "ternary": brx.Ternary, "threshold": brx.TernaryThreshold}[name]
+    parts = np.random.default_rng(0).standard_t(2.5, (4, 6, 3)).astype(np.float32)
+    qset = build(granularity=granularity(axis_name="parts"))
+
+    def everything(w):
+        return qset.quantize(w), brx.distance(w, qset)
+
+    mapped, far = jax.jit(jax.vmap(everything, axis_name="parts"))(parts)
+    # Where the name is not bound, the array is whole.
+    whole, whole_far = jax.jit(everything)(parts.reshape(24, 3))
+    np.testing.assert_array_equal(mapped.codes.reshape(24, 3), whole.codes)
+    for part in range(4):
+        np.testing.assert_allclose(mapped.scale[part], whole.scale, rtol=1e-6)
+        np.testing.assert_allclose(far[part], whole_far, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +135,10 @@ def test_shapes_that_do_not_fit_are_refused_on_use(granularity, shape, message):
         (lambda: brx.PerChannel((0, "1")), "axis must be an integer.*got '1'"),
         (lambda: brx.PerChannel(None), "axis must be an integer.*got None"),
         (lambda: brx.PerChannel(True), "axis must be an integer.*got True"),
+        (lambda: brx.PerTensor(0), "axis_name must be None, a name.*got 0"),
+        (lambda: brx.PerTensor(("a", "a")), r"axis_name must be .*got \('a', 'a'\)"),
+        (lambda: brx.PerChannel(0, 1.5), "axis_name must be .*got 1.5"),
+        (lambda: brx.PerChannel(axis_name=("a", 0)), r"axis_name must be .*got \('a', 0\)"),
         (lambda: brx.Binary(granularity=64), r"granularity must be PerTensor\(\).*got 64"),
         (lambda: brx.Uniform(4, granularity=brx.PerChannel), "granularity must be .*class"),
         (lambda: brx.PerBlock(0), "size must be a positive.*got 0"),

@@ -9,13 +9,13 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from brelax_jax.sets._group import Group
+from brelax_jax.sets._group import Group, bound_names
 
 
 class Groups(NamedTuple):
@@ -26,16 +26,24 @@ class Groups(NamedTuple):
         blocks).
       axes: the axes of `view` along which the entries of one group lie.
       scale: the shape of the scales: the array's rank, one entry per group.
+      axis_names: the mapped axes over which a group goes on where they are bound, as inside
+        `jax.shard_map`.
     """
 
     view: tuple[int, ...]
     axes: tuple[int, ...]
     scale: tuple[int, ...]
+    axis_names: tuple[str, ...] = ()
 
     @property
     def group(self) -> Group:
         """The reductions over each group, in the view."""
-        return Group(self.axes)
+        return Group(self.axes, bound_names(self.axis_names))
+
+    @property
+    def whole(self) -> Group:
+        """The reductions over all groups together, in the array's own shape."""
+        return Group(tuple(range(len(self.scale))), bound_names(self.axis_names))
 
     @property
     def scale_view(self) -> tuple[int, ...]:
@@ -44,7 +52,7 @@ class Groups(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Entries in one group."""
+        """Entries in one group, of this array."""
         return math.prod(self.view[axis] for axis in self.axes)
 
 
@@ -64,14 +72,29 @@ class Granularity(Protocol):
 class PerTensor:
     """One scale for the whole array.
 
+    Inside `jax.shard_map`, where the array is one device's part of the weight, `axis_name` names
+    the mesh axis (or a tuple of them) over which the weight is sharded: then all of its parts share
+    one scale. Where no such axis is mapped, as outside of `shard_map`, it has no effect: XLA knows
+    how a whole array is sharded.
+
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Binary(granularity=brx.PerTensor()).quantize(jnp.ones((3, 4))).scale.shape
     (1, 1)
+
+    Raises:
+      ValueError: if `axis_name` is neither None, nor a name, nor a tuple of names; on use, inside
+        a `shard_map` over a mesh that lacks it.
     """
+
+    axis_name: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axis_name", _names(self.axis_name))
 
     def groups(self, shape: Sequence[int]) -> Groups:
         """See `Granularity.groups`."""
-        return Groups(tuple(shape), tuple(range(len(shape))), (1,) * len(shape))
+        axes = tuple(range(len(shape)))
+        return Groups(tuple(shape), axes, (1,) * len(shape), _as_tuple(self.axis_name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +102,8 @@ class PerChannel:
     """One scale for each index of `axis`, an axis or a tuple of axes.
 
     Flax keeps output channels last, so the default gives each output channel of a dense or
-    convolution kernel its own scale.
+    convolution kernel its own scale. `axis_name` is as for `PerTensor`: the mesh axes over which
+    the other axes of the array are sharded.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Binary(granularity=brx.PerChannel()).quantize(jnp.ones((3, 3, 16, 32))).scale.shape
@@ -87,15 +111,17 @@ class PerChannel:
 
     Raises:
       ValueError: if `axis` is neither an integer nor a tuple of integers; on use, if an axis is out
-        of range or named twice.
+        of range or named twice; for `axis_name` as `PerTensor`.
     """
 
     axis: int | tuple[int, ...] = -1
+    axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         axes = self.axis if isinstance(self.axis, Sequence) else (self.axis,)
         checked = tuple(_integer(axis, "axis") for axis in axes)
         object.__setattr__(self, "axis", checked if isinstance(self.axis, Sequence) else checked[0])
+        object.__setattr__(self, "axis_name", _names(self.axis_name))
 
     def groups(self, shape: Sequence[int]) -> Groups:
         """See `Granularity.groups`."""
@@ -105,13 +131,15 @@ class PerChannel:
             raise ValueError(f"{self} names an axis of shape {tuple(shape)} twice; name each once.")
         scale = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
         reduced = tuple(axis for axis in range(len(shape)) if axis not in kept)
-        return Groups(tuple(shape), reduced, scale)
+        return Groups(tuple(shape), reduced, scale, _as_tuple(self.axis_name))
 
 
 @dataclasses.dataclass(frozen=True)
 class PerBlock:
     """One scale for each `size` consecutive entries along `axis`, for every index of the other
     axes.
+
+    A block lies on one device, so inside `jax.shard_map` there is no axis to name.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Binary(granularity=brx.PerBlock(64, axis=0)).quantize(jnp.ones((256, 10))).scale.shape
@@ -149,10 +177,12 @@ def groups_of(granularity: Granularity, w: Any) -> Groups:
     """The scale groups of this array.
 
     Raises:
-      ValueError: if the granularity does not fit its shape, or cuts across its shards: in JAX's
-        explicit sharding mode, which refuses that; in the automatic one XLA moves the entries.
+      ValueError: if the granularity does not fit its shape, or names an axis that this `shard_map`
+        lacks, or cuts across its shards: in JAX's explicit sharding mode, which refuses that; in
+        the automatic one XLA moves the entries.
     """
     groups = granularity.groups(jnp.shape(w))
+    bound_names(groups.axis_names)
     if isinstance(granularity, PerBlock) and isinstance(w, Array):
         axis = _axis_in(granularity.axis, w.shape, granularity)
         sharding = jax.typeof(w).sharding
@@ -176,6 +206,22 @@ def _integer(value: object, name: str) -> int:
         return operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r}.") from None
+
+
+def _as_tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else names
+
+
+def _names(axis_name: object) -> str | tuple[str, ...] | None:
+    """The names of mesh axes, checked; a list becomes a tuple."""
+    if axis_name is None or isinstance(axis_name, str):
+        return axis_name
+    names = tuple(axis_name) if isinstance(axis_name, Sequence) else (axis_name,)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"axis_name must be None, a name of a mesh axis or a tuple of them, got {axis_name!r}."
+        )
+    return cast("tuple[str, ...]", names)
 
 
 def _axis_in(axis: int, shape: Sequence[int], granularity: object) -> int:

@@ -1,14 +1,16 @@
 """What a computation over scale groups may do with a group: reduce over it.
 
 Whatever else is done with weights is elementwise. So a set or a search that is written with these
-reductions works for every granularity.
+reductions works for every granularity, and inside `jax.shard_map`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 class Group(NamedTuple):
@@ -18,22 +20,56 @@ class Group(NamedTuple):
 
     Attributes:
       axes: the axes of the view along which the entries of one group lie.
+      axis_names: the mapped axes over which a group goes on: each device holds a part of it.
     """
 
     axes: tuple[int, ...]
+    axis_names: tuple[str, ...] = ()
 
     def sum(self, x: Array) -> Array:
         """The sum over each group."""
-        return jnp.sum(x, axis=self.axes, keepdims=True)
+        total = jnp.sum(x, axis=self.axes, keepdims=True)
+        return lax.psum(total, self.axis_names) if self.axis_names else total
 
     def mean(self, x: Array) -> Array:
         """The mean of each group."""
-        return jnp.mean(x, axis=self.axes, keepdims=True)
+        mean = jnp.mean(x, axis=self.axes, keepdims=True)
+        return lax.pmean(mean, self.axis_names) if self.axis_names else mean
 
-    def max(self, x: Array) -> Array:
-        """The largest entry of each group."""
-        return jnp.max(x, axis=self.axes, keepdims=True)
+    def max(self, x: Array, initial: float | None = None) -> Array:
+        """The largest entry of each group; at least `initial`."""
+        largest = jnp.max(x, axis=self.axes, keepdims=True, initial=initial)
+        return lax.pmax(largest, self.axis_names) if self.axis_names else largest
 
     def size(self, x: Array) -> int:
         """Entries in one group."""
-        return math.prod(x.shape[axis] for axis in self.axes)
+        here = math.prod(x.shape[axis] for axis in self.axes)
+        return here * math.prod(map(lax.axis_size, self.axis_names))
+
+
+def bound_names(axis_names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the names over which arrays are mapped where this is called.
+
+    Outside of `jax.shard_map` and the like there are none: arrays are whole.
+
+    Raises:
+      ValueError: inside a `shard_map` over a mesh that lacks one of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    bound = tuple(name for name in axis_names if _is_bound(name))
+    for name in axis_names if mesh.manual_axes else ():
+        if name not in (*bound, *mesh.axis_names):
+            raise ValueError(
+                f"axis_name {name!r} is no axis of this shard_map, whose mesh has "
+                f"{', '.join(map(repr, mesh.axis_names))}. Name the axes over which the weights "
+                "are sharded, or none if every scale group lies on one device."
+            )
+    return bound
+
+
+def _is_bound(name: str) -> bool:
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
