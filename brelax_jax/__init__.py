@@ -7,6 +7,8 @@ pulled (`relax`, the continuation schedules) → the Optax face (`binary_relax`)
 from brelax_jax._envelope import distance as distance
 from brelax_jax._envelope import moreau_envelope as moreau_envelope
 from brelax_jax._envelope import relax as relax
+from brelax_jax._metrics import LeafMetrics as LeafMetrics
+from brelax_jax._metrics import metrics as metrics
 from brelax_jax._schedules import geometric_continuation as geometric_continuation
 from brelax_jax._schedules import linear_continuation as linear_continuation
 from brelax_jax._select import Selection as Selection

@@ -13,6 +13,8 @@ NAMES = [
     "distance",
     "moreau_envelope",
     "relax",
+    "LeafMetrics",
+    "metrics",
     "geometric_continuation",
     "linear_continuation",
     "Selection",

@@ -28,7 +28,13 @@ from brelax_jax.transforms._grid import (
     landing_point,
     place_on_grid,
 )
-from brelax_jax.transforms._state import BinaryRelaxState, check_same_params, fit_leaf
+from brelax_jax.transforms._state import (
+    BinaryRelaxState,
+    check_same_params,
+    codes_of,
+    fit_leaf,
+    shares,
+)
 
 
 def binary_relax(
@@ -37,6 +43,7 @@ def binary_relax(
     lam: ArrayLike | Callable[[ArrayLike], ArrayLike],
     hard_from: ArrayLike | None = None,
     float_dtype: DTypeLike = "float32",
+    track_flips: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that the params it trains end up exactly on quantized sets.
 
@@ -63,6 +70,8 @@ def binary_relax(
       hard_from: the step count from which on the projection is exact; None for never. Set the
         learning rate of phase II beside it: it should be small.
       float_dtype: the least dtype of the float weights; wider params keep their own.
+      track_flips: whether the state keeps the codes, one int8 a weight, and in each group the share
+        of them that the last update changed, for `metrics`.
 
     Returns:
       A transformation whose `update` needs `params` and forwards extra arguments to `base`. Edits
@@ -96,6 +105,9 @@ def binary_relax(
     register_with_flax()
     base = optax.with_extra_args_support(base)
 
+    def flips(path: str, p: Any, codes: Any, last: Any) -> Any:
+        return codes if is_masked(codes) else shares(selection.the_set_of(path, p), codes != last)
+
     def init(params: optax.Params) -> BinaryRelaxState:
         selection.check(params)
 
@@ -105,10 +117,16 @@ def binary_relax(
             return jnp.array(p, jnp.promote_types(jnp.result_type(p), float_dtype), copy=True)
 
         floats = map_with_path(float_copy, params)
+        fits = _fits(floats, params)
+        codes = jax.tree.map(lambda _: optax.MaskedNode(), params)
+        if track_flips:
+            codes = _codes(floats, fits, params)
         return BinaryRelaxState(
             base_state=base.init(_filled(floats, params)),
             float_params=floats,
-            fits=_fits(floats, params),
+            fits=fits,
+            codes=codes,
+            flips=map_with_path(flips, params, codes, codes),
             count=jnp.zeros((), jnp.int32),
             lam=jnp.zeros((), jnp.float32),
             landed=jnp.zeros((), jnp.int32),
@@ -160,15 +178,26 @@ def binary_relax(
             return _step(selection.the_set_of(path, p), p, y, fit, pull)
 
         new_updates = map_with_path(step, params, base_updates, floats, fits)
+        codes = state.codes
+        if jax.tree.leaves(codes):
+            codes = _codes(floats, fits, params)
         return new_updates, BinaryRelaxState(
             base_state,
             floats,
             fits,
+            codes,
+            map_with_path(flips, params, codes, state.codes),
             jnp.asarray(optax.safe_increment(state.count)),
             now,
             jnp.where(exact, jnp.minimum(state.landed + 1, LANDING), 0),
             selection,
         )
+
+    def _codes(floats: Any, fits: Any, params: Any) -> Any:
+        def codes(path: str, p: Any, y: Any, fit: Any) -> Any:
+            return y if is_masked(y) else codes_of(selection.the_set_of(path, p), y, fit)
+
+        return map_with_path(codes, params, floats, fits)
 
     def _fits(floats: Any, params: Any) -> Any:
         largest = jnp.zeros((), jnp.float32)  # scale of the leaf before
@@ -196,6 +225,7 @@ def relax_params(
     lam: ArrayLike | Callable[[ArrayLike], ArrayLike],
     hard_from: ArrayLike | None = None,
     float_dtype: DTypeLike = "float32",
+    track_flips: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """`binary_relax` as the last link of `optax.chain(base, …)`.
 
@@ -207,6 +237,7 @@ def relax_params(
       lam: as for `binary_relax`.
       hard_from: as for `binary_relax`.
       float_dtype: as for `binary_relax`.
+      track_flips: as for `binary_relax`.
 
     Returns:
       A transformation that turns the updates of the links before it into updates of the
@@ -221,13 +252,14 @@ def relax_params(
     ...     brx.relax_params(brx.Ternary(), lam=brx.linear_continuation(900), hard_from=900),
     ... )
     """
-    return binary_relax(optax.identity(), qset, lam, hard_from, float_dtype)
+    return binary_relax(optax.identity(), qset, lam, hard_from, float_dtype, track_flips)
 
 
 def binary_connect(
     base: optax.GradientTransformation,
     qset: QuantizedSet | Selection,
     float_dtype: DTypeLike = "float32",
+    track_flips: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """BinaryConnect, the customary baseline: projects from the first step on (λ = ∞).
 
@@ -235,6 +267,7 @@ def binary_connect(
       base: as for `binary_relax`.
       qset: as for `binary_relax`.
       float_dtype: as for `binary_relax`.
+      track_flips: as for `binary_relax`.
 
     Returns:
       A transformation. In effect the straight-through estimator: gradients at the quantized weights
@@ -249,7 +282,7 @@ def binary_connect(
     >>> import brelax_jax as brx, optax
     >>> optimizer = brx.binary_connect(optax.adam(1e-3), brx.Binary())
     """
-    return binary_relax(base, qset, jnp.inf, None, float_dtype)
+    return binary_relax(base, qset, jnp.inf, None, float_dtype, track_flips)
 
 
 class _Pull(NamedTuple):

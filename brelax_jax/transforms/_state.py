@@ -23,6 +23,9 @@ class BinaryRelaxState(NamedTuple):
       float_params: the float weights y; `optax.MaskedNode` in the place of leaves that are not
         quantized.
       fits: a `Fit` for each of them, the scale of each group; `optax.MaskedNode` elsewhere.
+      codes: int8, the codes of the float weights; like `flips`, `optax.MaskedNode` everywhere unless
+        flips are tracked.
+      flips: for each group, the share of codes that the last update changed; of the scale's shape.
       count: int32, updates so far.
       lam: float32, the λ with which the current params were made: 0 before the first update, ∞ in
         phase II.
@@ -33,6 +36,8 @@ class BinaryRelaxState(NamedTuple):
     base_state: Any
     float_params: Any
     fits: Any
+    codes: Any
+    flips: Any
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     lam: Array
     landed: Array
@@ -42,6 +47,18 @@ class BinaryRelaxState(NamedTuple):
 def fit_leaf(qset: QuantizedSet, y: Array, p: Any) -> Fit:
     """Fits a set to the float weights y of the param p."""
     return round_fit(qset.fit(y), qset, jnp.result_type(p))
+
+
+def codes_of(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
+    """The codes of the float weights y, as the state keeps them."""
+    return qset.codes(y, fit).astype(jnp.int8)
+
+
+def shares(qset: QuantizedSet, condition: Array) -> Array:
+    """For each group of a leaf, the share of weights for which a condition holds."""
+    groups = qset.granularity.groups(condition.shape)
+    share = groups.group.mean(condition.astype(jnp.float32).reshape(groups.view))
+    return share.reshape(groups.scale)
 
 
 def float_params(opt_state: Any, params: Tree) -> Tree:
@@ -69,7 +86,7 @@ def float_params(opt_state: Any, params: Tree) -> Tree:
     >>> brx.float_params(state, params)["kernel"], params["kernel"]
     (Array([[-0.25, -1.25]], dtype=float32), Array([[-0.75, -0.75]], dtype=float32))
     """
-    return _read(opt_state, params, lambda state, path, y, p: y)
+    return _read(opt_state, params, lambda leaf, p: leaf.y)
 
 
 def quantized_params(opt_state: Any, params: Tree) -> Tree:
@@ -96,16 +113,9 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
     {'kernel': Array([[ 0.5, -0.5]], dtype=float32)}
     """
 
-    def quantized(state: BinaryRelaxState, path: str, y: Array, p: Any) -> Array:
+    def quantized(leaf: QuantizedLeaf, p: Any) -> Array:
         dtype = jnp.result_type(p)
-        parts = {
-            field: part
-            for keys, part in jax.tree_util.tree_leaves_with_path(state.fits)
-            for leaf, field in [fit_place(keys)]
-            if leaf == path
-        }
-        qset = state.selection.the_set_of(path, y)
-        q = place_on_grid(y, Fit(**parts), qset, dtype).astype(dtype)
+        q = place_on_grid(leaf.y, leaf.fit, leaf.qset, dtype).astype(dtype)
         return jnp.where(q == 0, 0, q)  # not −0, which no sum ends at
 
     return _read(opt_state, params, quantized)
@@ -144,19 +154,22 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
         floats = map_with_path(
             lambda path, y: jnp.array(given[path], y.dtype, copy=True), state.float_params
         )
-        new_fits = {
-            path: fit_leaf(state.selection.the_set_of(path, y), y, given[path])
-            for path, y in leaves_with_paths(floats)
-        }
+        leaves = dict(leaves_with_paths(floats))
+        sets = {path: state.selection.the_set_of(path, y) for path, y in leaves.items()}
+        fits = {path: fit_leaf(sets[path], y, given[path]) for path, y in leaves.items()}
 
-        def part(keys: tuple[Any, ...], _: Array) -> Array:
+        def refitted(keys: tuple[Any, ...], _: Array) -> Array:
             leaf, field = fit_place(keys)
-            return getattr(new_fits[leaf], field)
+            return getattr(fits[leaf], field)
 
-        fits = jax.tree_util.tree_map_with_path(part, state.fits)
+        def recoded(path: str, _: Array) -> Array:
+            return codes_of(sets[path], leaves[path], fits[path])
+
         return state._replace(
             float_params=floats,
-            fits=fits,
+            fits=jax.tree_util.tree_map_with_path(refitted, state.fits),
+            codes=map_with_path(recoded, state.codes),
+            flips=jax.tree.map(jnp.zeros_like, state.flips),
             lam=jnp.zeros_like(state.lam),
             landed=jnp.zeros_like(state.landed),
         )
@@ -224,30 +237,57 @@ def check_owned(state: BinaryRelaxState, params: Any) -> None:
             )
 
 
+class QuantizedLeaf(NamedTuple):
+    """What a state holds for one quantized leaf.
+
+    Attributes:
+      state: the state.
+      qset: the leaf's set.
+      y: its float weights.
+      fit: what places them on the set.
+      flips: in each group, the share of codes that the last update changed; None where flips are
+        not tracked.
+    """
+
+    state: BinaryRelaxState
+    qset: QuantizedSet
+    y: Array
+    fit: Fit
+    flips: Array | None
+
+
+def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
+    """The quantized leaves of all states of this library inside an optimizer state, by path.
+
+    Raises:
+      ValueError: if there is no such state, or one of other params.
+    """
+    found: dict[str, QuantizedLeaf] = {}
+    for state in find_states(opt_state):
+        check_owned(state, params)
+        parts: dict[str, dict[str, Array]] = {}
+        for keys, part in jax.tree_util.tree_leaves_with_path(state.fits):
+            leaf, field = fit_place(keys)
+            parts.setdefault(leaf, {})[field] = part
+        flips = dict(leaves_with_paths(state.flips))
+        for path, y in leaves_with_paths(state.float_params):
+            qset = state.selection.the_set_of(path, y)
+            found[path] = QuantizedLeaf(state, qset, y, Fit(**parts[path]), flips.get(path))
+    return found
+
+
+def _read(opt_state: Any, params: Tree, read: Callable[[QuantizedLeaf, Any], Any]) -> Tree:
+    """The params' tree with read(leaf, p) in the place of each quantized leaf p."""
+    found = quantized_leaves(opt_state, params)
+    return map_with_path(lambda path, p: read(found[path], p) if path in found else p, params)
+
+
 def fit_place(keys: tuple[Any, ...]) -> tuple[str, str]:
     """The path of a leaf and the field of its `Fit`, from a key path into `fits`."""
     keys = tuple(keys)
     if keys[-1] == jax.tree_util.GetAttrKey("value"):  # of a Flax NNX variable
         keys = keys[:-1]
     return path_of(keys[:-1]), path_of(keys[-1:])
-
-
-def _read(
-    opt_state: Any, params: Tree, read: Callable[[BinaryRelaxState, str, Array, Any], Any]
-) -> Tree:
-    """The params' tree with read(state, path, y, p) in the place of each quantized leaf p."""
-    owners: dict[str, tuple[BinaryRelaxState, Array]] = {}
-    for state in find_states(opt_state):
-        check_owned(state, params)
-        owners |= {path: (state, y) for path, y in leaves_with_paths(state.float_params)}
-
-    def leaf(path: str, p: Any) -> Any:
-        if path not in owners:
-            return p
-        state, y = owners[path]
-        return read(state, path, y, p)
-
-    return map_with_path(leaf, params)
 
 
 def _is_state(node: Any) -> bool:

@@ -1,0 +1,113 @@
+"""What to watch in a long run: how far the weights are from their sets, and what they do there."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from brelax_jax._envelope import strength_of
+from brelax_jax.sets._search import shift_of
+from brelax_jax.transforms._state import QuantizedLeaf, codes_of, quantized_leaves, shares
+
+
+class LeafMetrics(NamedTuple):
+    """What `metrics` gives for a leaf, as arrays.
+
+    Attributes:
+      lam: float32 scalar, the λ of the last update: 0 before the first one, ∞ in phase II.
+      strength: float32 scalar, α = λ/(λ + 1).
+      distance: scalar, ‖y − proj_Q(y)‖/‖y‖ of the float weights y: from 0, on the set, to 1.
+      occupancy: for each of the set's `levels`, the share of weights that are nearest to it.
+      scale: the scale of each group, of the weight's rank.
+      flips: scalar, the share of weights whose level the last update changed (for `Binary`, whose
+        sign); None unless the transformation was made with `track_flips=True`.
+    """
+
+    lam: Array
+    strength: Array
+    distance: Array
+    occupancy: Array
+    scale: Array
+    flips: Array | None
+
+
+def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
+    """How near each quantized leaf is to its set, and how it is spread over the set's levels.
+
+    All of it is of the float weights and the stored scales, so it shows in phase I what would be
+    deployed, and in phase II what hides behind `params`: weights that oscillate between two levels.
+    A few reductions over the weights: call it, jitted, every so many steps.
+
+    Args:
+      opt_state: an optimizer state in which a transformation of this library has its own, at any
+        depth.
+      params: the params that it belongs to.
+
+    Returns:
+      `LeafMetrics` by the '/'-joined path of the leaf. In `shard_map` they are of the scale groups
+      that this shard has a part of.
+
+    Raises:
+      ValueError: if `opt_state` holds no such state, or one of other params.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp, optax
+    >>> params = {"kernel": jnp.array([[3.0, -1.0, 0.1, 2.0]])}
+    >>> optimizer = brx.binary_relax(optax.sgd(1.0), brx.Ternary(), 1.0, track_flips=True)
+    >>> state = optimizer.init(params)
+    >>> grads = {"kernel": jnp.array([[0.0, 2.0, 0.0, 0.0]])}  # −1 becomes −3
+    >>> _, state = optimizer.update(grads, state, params)
+    >>> leaf = brx.metrics(state, params)["kernel"]
+    >>> leaf.occupancy, leaf.flips
+    (Array([0.25, 0.25, 0.5 ], dtype=float32), Array(0.25, dtype=float32))
+    >>> float(leaf.strength), round(float(leaf.distance), 3)
+    (0.5, 0.175)
+    """
+    return {path: _of_leaf(leaf) for path, leaf in quantized_leaves(opt_state, params).items()}
+
+
+def _of_leaf(leaf: QuantizedLeaf) -> LeafMetrics:
+    return LeafMetrics(
+        lam=leaf.state.lam,
+        strength=strength_of(leaf.state.lam),
+        distance=_relative_distance(leaf),
+        occupancy=_occupancy(leaf),
+        scale=leaf.fit.scale,
+        flips=None if leaf.flips is None else jnp.mean(leaf.flips),
+    )
+
+
+def _occupancy(leaf: QuantizedLeaf) -> Array:
+    """The share of weights at each level; that of the last is what the others leave."""
+    codes = codes_of(leaf.qset, leaf.y, leaf.fit)
+    levels = jnp.asarray(_codes_of_levels(leaf.qset.levels), codes.dtype)
+    rest = lax.map(lambda level: jnp.mean(shares(leaf.qset, codes == level)), levels[:-1])
+    return jnp.append(rest, 1 - jnp.sum(rest))
+
+
+def _codes_of_levels(levels: Sequence[float]) -> list[int]:
+    """The code of each level: its magnitude's place among the positive ones, with its sign."""
+    positive = [level for level in levels if level > 0]
+    place = {level: number for number, level in enumerate(positive, start=1)}
+    return [place.get(level, -place.get(-level, 0)) for level in levels]
+
+
+def _relative_distance(leaf: QuantizedLeaf) -> Array:
+    """‖y − proj(y)‖/‖y‖; where the plain squares overflow or vanish, in units of the scale."""
+    groups = leaf.qset.granularity.groups(leaf.y.shape)
+    q = leaf.qset.place(leaf.y, leaf.fit)
+
+    def norm(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(groups.group.sum(jnp.square(x).reshape(groups.view))))
+
+    def scaled() -> Array:
+        largest = jnp.max(leaf.fit.scale)
+        unit = jnp.where(largest > 0, largest, 1)
+        shift = shift_of(unit)
+        y, residual = ((x * shift) / (unit * shift) for x in (leaf.y, leaf.y - q))
+        whole = norm(y)
+        return jnp.where(whole == 0, 0, norm(residual) / jnp.where(whole == 0, 1, whole))
+
+    far, whole = norm(leaf.y - q), norm(leaf.y)
+    normal = (whole > 1e-15) & (whole < 1e15)
+    return lax.cond(normal, lambda: far / whole, scaled)
