@@ -1,5 +1,6 @@
 """BinaryRelax as an Optax gradient transformation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -105,8 +106,24 @@ def binary_relax(
     register_with_flax()
     base = optax.with_extra_args_support(base)
 
-    def flips(path: str, p: Any, codes: Any, last: Any) -> Any:
-        return codes if is_masked(codes) else shares(selection.the_set_of(path, p), codes != last)
+    def each(function: Callable[..., Any], params: Any, *trees: Any) -> Any:
+        """function(qset, p, …) of each quantized leaf; masked nodes in the place of the others."""
+
+        def leaf(path: str, p: Any, *parts: Any) -> Any:
+            if is_masked(parts[0]):
+                return parts[0]
+            return function(selection.the_set_of(path, p), p, *parts)
+
+        return map_with_path(leaf, params, *trees)
+
+    def codes_in(params: Any, tracked: Any, floats: Any, fits: Any) -> Any:
+        def codes(qset: QuantizedSet, _p: Any, _tracked: Array, y: Array, fit: Fit) -> Array:
+            return codes_of(qset, y, fit)
+
+        return each(codes, params, tracked, floats, fits)
+
+    def flips_in(params: Any, codes: Any, last: Any) -> Any:
+        return each(lambda qset, _, now, last: shares(qset, now != last), params, codes, last)
 
     def init(params: optax.Params) -> BinaryRelaxState:
         selection.check(params)
@@ -118,15 +135,14 @@ def binary_relax(
 
         floats = map_with_path(float_copy, params)
         fits = _fits(floats, params)
-        codes = jax.tree.map(lambda _: optax.MaskedNode(), params)
-        if track_flips:
-            codes = _codes(floats, fits, params)
+        tracked = floats if track_flips else jax.tree.map(lambda _: optax.MaskedNode(), params)
+        codes = codes_in(params, tracked, floats, fits)
         return BinaryRelaxState(
             base_state=base.init(_filled(floats, params)),
             float_params=floats,
             fits=fits,
             codes=codes,
-            flips=map_with_path(flips, params, codes, codes),
+            flips=flips_in(params, codes, codes),
             count=jnp.zeros((), jnp.int32),
             lam=jnp.zeros((), jnp.float32),
             landed=jnp.zeros((), jnp.int32),
@@ -165,55 +181,37 @@ def binary_relax(
         exact |= alpha == 1
         pull = _Pull(alpha, exact, state.landed >= LANDING)
 
-        def held(path: str, p: Any, fit: Any, last: Any) -> Any:
-            if is_masked(fit):
-                return fit
-            return _where(exact, follow(fit, last, selection.the_set_of(path, p), p.dtype), fit)
+        def held(qset: QuantizedSet, p: Array, fit: Fit, last: Fit) -> Fit:
+            return _where(exact, follow(fit, last, qset, p.dtype), fit)
 
-        fits = map_with_path(held, params, fits, state.fits)
-
-        def step(path: str, p: Any, u: Any, y: Any, fit: Any) -> Any:
-            if is_masked(y):
-                return u
-            return _step(selection.the_set_of(path, p), p, y, fit, pull)
-
-        new_updates = map_with_path(step, params, base_updates, floats, fits)
-        codes = state.codes
-        if jax.tree.leaves(codes):
-            codes = _codes(floats, fits, params)
-        return new_updates, BinaryRelaxState(
+        fits = each(held, params, fits, state.fits)
+        steps = each(functools.partial(_step, pull), params, floats, fits)
+        updates = _where_quantized(lambda step, _: step, steps, base_updates)
+        codes = codes_in(params, state.codes, floats, fits)
+        return updates, BinaryRelaxState(
             base_state,
             floats,
             fits,
             codes,
-            map_with_path(flips, params, codes, state.codes),
+            flips_in(params, codes, state.codes),
             jnp.asarray(optax.safe_increment(state.count)),
             now,
             jnp.where(exact, jnp.minimum(state.landed + 1, LANDING), 0),
             selection,
         )
 
-    def _codes(floats: Any, fits: Any, params: Any) -> Any:
-        def codes(path: str, p: Any, y: Any, fit: Any) -> Any:
-            return y if is_masked(y) else codes_of(selection.the_set_of(path, p), y, fit)
-
-        return map_with_path(codes, params, floats, fits)
-
     def _fits(floats: Any, params: Any) -> Any:
         largest = jnp.zeros((), jnp.float32)  # scale of the leaf before
 
-        def fit(path: str, p: Any, y: Any) -> Any:
+        def fit(qset: QuantizedSet, p: Any, y: Array) -> Fit:
             nonlocal largest
-            if is_masked(y):
-                return y
-            qset = selection.the_set_of(path, p)
             if len(qset.magnitudes) == 1:  # a mean, no search
                 return fit_leaf(qset, y, p)
             result = _in_turn(largest, lambda y: fit_leaf(qset, y, p), y)
             largest = jnp.max(result.scale)
             return result
 
-        return map_with_path(fit, params, floats)
+        return each(fit, params, floats)
 
     return optax.GradientTransformationExtraArgs(
         cast(optax.TransformInitFn, init), cast(optax.TransformUpdateExtraArgsFn, update)
@@ -299,13 +297,7 @@ class _Pull(NamedTuple):
     landed: Array
 
 
-def _step(
-    qset: QuantizedSet,
-    p: Array,
-    y: Array,
-    fit: Fit,
-    pull: _Pull,
-) -> Array:
+def _step(pull: _Pull, qset: QuantizedSet, p: Array, y: Array, fit: Fit) -> Array:
     """The update of one leaf: from p to the relaxed weights, on the grid if it is to be exact."""
     groups = qset.granularity.groups(y.shape)
     grid = grid_of(fit.scale.reshape(groups.scale_view), qset, p.dtype)

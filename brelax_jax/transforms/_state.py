@@ -23,9 +23,10 @@ class BinaryRelaxState(NamedTuple):
       float_params: the float weights y; `optax.MaskedNode` in the place of leaves that are not
         quantized.
       fits: a `Fit` for each of them, the scale of each group; `optax.MaskedNode` elsewhere.
-      codes: int8, the codes of the float weights; like `flips`, `optax.MaskedNode` everywhere unless
-        flips are tracked.
-      flips: for each group, the share of codes that the last update changed; of the scale's shape.
+      codes: int8, the codes of the float weights; `optax.MaskedNode` everywhere unless flips are
+        tracked.
+      flips: the share of codes in each group that the last update changed, of the scale's shape; as
+        `codes` where flips are not tracked.
       count: int32, updates so far.
       lam: float32, the λ with which the current params were made: 0 before the first update, ∞ in
         phase II.
