@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.training import normal, trace_of
 
 BINARY, THRESHOLD = brx.Binary(), brx.TernaryThreshold()
 FORMS = {
@@ -18,22 +19,6 @@ FORMS = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 every_form = pytest.mark.parametrize("form", FORMS)
-
-
-def normal(seed, *shape, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def trace_of(optimizer, params, grads, state=None, **kwargs):
-    """The params and states after each of some updates."""
-    state = optimizer.init(params) if state is None else state
-    update = jax.jit(optimizer.update)
-    trace = []
-    for grad in grads:
-        updates, state = update(grad, state, params, **kwargs)
-        params = optax.apply_updates(params, updates)
-        trace.append((params, state))
-    return trace
 
 
 def binary(y):

@@ -1,0 +1,79 @@
+"""Weights and training loops that several test files share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import brelax_jax as brx
+
+
+def normal(seed, *shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@functools.cache
+def compiled(optimizer):
+    """`init`, and one training step at given gradients."""
+
+    @jax.jit
+    def step(grads, state, params, **kwargs):
+        updates, state = optimizer.update(grads, state, params, **kwargs)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(optimizer.init), step
+
+
+def trace_of(optimizer, params, grads, state=None, **kwargs):
+    """The params and states after each of some updates."""
+    init, step = compiled(optimizer)
+    state = init(params) if state is None else state
+    trace = []
+    for grad in grads:
+        params, state = step(grad, state, params, **kwargs)
+        trace.append((params, state))
+    return trace
+
+
+RULES = brx.select(
+    ("^binary/kernel", brx.Binary(granularity=brx.PerChannel())),
+    ("^threshold/kernel", brx.TernaryThreshold()),
+    ("^half/kernel", brx.Binary(granularity=brx.PerBlock(2, axis=0))),
+)
+QUANTIZED = ("binary", "threshold", "half")
+
+
+def make_params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: {
+            "kernel": jnp.asarray(rng.standard_normal((4, 3)), dtype),
+            "bias": jnp.asarray(rng.standard_normal(3), "float32"),
+        }
+        for name, dtype in {
+            "binary": "float32",
+            "threshold": "float32",
+            "half": "bfloat16",
+            "plain": "float32",
+        }.items()
+    }
+
+
+def relaxing(lam=1.0, hard_from=8, rules=RULES, base=None):
+    return brx.binary_relax(base or optax.sgd(0.05, momentum=0.5), rules, lam, hard_from)
+
+
+@jax.jit
+def gradients(params, t):
+    return jax.tree.map(lambda p: jnp.cos(3 * p + t.astype(p.dtype)), params)
+
+
+def steps(optimizer, params, count, state=None):
+    """The params and the state after some updates, each by the cosine of the params."""
+    init, step = compiled(optimizer)
+    state = init(params) if state is None else state
+    for t in range(count):
+        params, state = step(gradients(params, jnp.float32(t)), state, params)
+    return params, state
