@@ -46,12 +46,13 @@ def geometric_continuation(
         raise ValueError(f"growth must be at least 1, so that λ does not fall, got {growth!r}.")
     if not (is_number(every) and every >= 1):
         raise ValueError(f"every must be at least 1 step, got {every!r}.")
+    period = every if every <= np.iinfo(np.int32).max else np.inf  # the count's dtype holds no more
     # growth^(2^k) for each bit k of a count: a float32 power is off by 1e-3 after 50,000 steps.
     with np.errstate(over="ignore"):
         factors = np.power(np.float64(growth), 2.0 ** np.arange(31)).astype(np.float32)
 
     def schedule(count: ArrayLike) -> Array:
-        times = jnp.asarray(jnp.asarray(count) // every, jnp.int32)
+        times = jnp.asarray(jnp.asarray(count) // period, jnp.int32)
         chosen = (times[..., None] >> np.arange(31)) & 1
         return jnp.prod(jnp.where(chosen, factors, 1), axis=-1, initial=np.float32(init_value))
 
@@ -79,8 +80,10 @@ def linear_continuation(steps: int) -> Callable[[ArrayLike], Array]:
     if not (is_number(steps) and steps >= 1):
         raise ValueError(f"steps must be at least 1, got {steps!r}.")
 
+    last = np.float32(steps)
+
     def schedule(count: ArrayLike) -> Array:
-        done = jnp.clip(jnp.asarray(count, jnp.float32), 0, steps)
-        return done / (steps - done)
+        done = jnp.clip(jnp.asarray(count, jnp.float32), 0, last)
+        return done / (last - done)
 
     return schedule

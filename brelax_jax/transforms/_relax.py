@@ -102,6 +102,7 @@ def binary_relax(
            [-0.5, -0.5]], dtype=float32)
     """
     _check_arguments(base, qset, lam, hard_from)
+    hard_from = _reached(hard_from)
     selection = as_selection(qset)
     register_with_flax()
     base = optax.with_extra_args_support(base)
@@ -362,3 +363,10 @@ def _check_arguments(base: Any, qset: Any, lam: Any, hard_from: Any) -> None:
         raise ValueError(
             f"hard_from must be a step count from 0 on, or None for never, got {hard_from!r}."
         )
+
+
+def _reached(hard_from: Any) -> Any:
+    """`hard_from`, or None if it is beyond the int32 at which the count stops."""
+    if hard_from is None or isinstance(hard_from, jax.core.Tracer):
+        return hard_from
+    return None if np.asarray(hard_from) > np.iinfo(np.int32).max else hard_from

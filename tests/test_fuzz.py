@@ -1,0 +1,471 @@
+"""Any tree, any set, any λ, any count, any value: hypothesis looks for what breaks.
+
+A drawn *program* (tree, sets, form, base, wrapper) is compiled once and run on many drawn *values*
+(weights, gradients, λ of each step, `hard_from`, the count to start from).
+"""
+
+import collections
+import dataclasses
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+
+import brelax_jax as brx
+from tests.test_exactness import bits
+
+STEPS = 12
+LAST = 2**31 - 1
+SHAPES = ((4, 6), (6, 4), (2, 3, 4), (5, 1), (1, 1), (7,), (), (0, 3), (3, 0))
+DTYPES = ("float32", "float32", "bfloat16", "float16")
+SETS = (
+    brx.Binary(),
+    brx.Ternary(),
+    brx.TernaryThreshold(),
+    brx.TernaryThreshold(0.1),
+    brx.Uniform(3),
+    brx.Uniform(8),
+    brx.PowerOfTwo(4),
+    brx.PowerOfTwo(5),
+    brx.ScaledLevels((-3, -1, 1, 3)),
+    brx.ScaledLevels((-1.7, -0.3, 0, 0.3, 1.7)),
+)
+NAMES = ("kernel", "bias", "scale", "embedding", "w", "0")
+BASES = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(0.05, eps=1e-4),
+    "adamw": optax.adamw(0.05, eps=1e-4, weight_decay=0.1),
+}
+FORMS = ("binary_relax", "relax_params", "binary_connect")
+LAMBDAS = (0.0, 1e-45, 1e-30, 0.3, 1.0, 50.0, 1e6, 1e9, 3e38, np.inf)
+
+Pair = collections.namedtuple("Pair", ["kernel", "other"])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    """A user's own pytree."""
+
+    kernel: Any
+    bias: Any
+
+
+@dataclasses.dataclass
+class Leaf:
+    """One array of the params: no pytree, so a leaf of the tree of specifications."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    qset: brx.QuantizedSet | None
+
+    def __repr__(self):
+        return f"{self.dtype}{self.shape}→{self.qset}"
+
+
+@st.composite
+def leaves(draw):
+    shape = draw(st.sampled_from(SHAPES))
+    if draw(st.integers(0, 5)) == 5:
+        return Leaf(shape, draw(st.sampled_from(("int32", "bool"))), None)
+    qset = draw(st.none() | st.sampled_from(SETS))
+    if qset is not None:
+        granularity = draw(st.sampled_from(granularities(shape)))
+        qset = dataclasses.replace(qset, granularity=granularity)
+    return Leaf(shape, draw(st.sampled_from(DTYPES)), qset)
+
+
+def granularities(shape):
+    """Every granularity of a few that fits."""
+    rank = len(shape)
+    channels = [brx.PerChannel(axis) for axis in ((-1, 0) if rank else ())]
+    channels += [brx.PerChannel((0, -1))] * (rank > 1)
+    blocks = [brx.PerBlock(2, axis) for axis in range(rank) if shape[axis] % 2 == 0]
+    return [brx.PerTensor(), *channels, *blocks]
+
+
+def containers(children):
+    absent = st.none() | st.builds(optax.MaskedNode)
+    some = children | absent
+    return (
+        st.dictionaries(st.sampled_from(NAMES), some, max_size=3)
+        | st.lists(some, max_size=3)
+        | st.lists(some, max_size=3).map(tuple)
+        | st.builds(Layer, some, some)
+        | st.builds(Pair, some, some)
+    )
+
+
+WRAPPERS = {
+    "none": lambda inner, mask: inner,
+    "chain": lambda inner, mask: optax.chain(optax.identity(), inner),
+    "masked": optax.masked,
+    "MultiSteps": lambda inner, mask: optax.MultiSteps(inner, 2).gradient_transformation(),
+    "apply_if_finite": lambda inner, mask: optax.apply_if_finite(inner, LAST),
+}
+
+
+@dataclasses.dataclass
+class Program:
+    """What is compiled.
+
+    `one_set` is given in the place of rules, and falls on kernels by their names. A `fault` makes
+    `init` refuse the params.
+    """
+
+    tree: Any
+    form: str
+    base: str
+    wrapper: str
+    one_set: brx.QuantizedSet | None
+    fault: str | None
+    has_hard_from: bool
+
+    def __post_init__(self):
+        if self.one_set is not None:
+            for path, leaf in self.leaves().items():
+                leaf.qset = self.one_set if is_kernel(path, leaf) else None
+
+    def leaves(self):
+        """path → Leaf."""
+        return {
+            jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(self.tree)
+        }
+
+    def quantized(self):
+        """Those that are on a set: empty ones never are."""
+        return {p: leaf for p, leaf in self.leaves().items() if leaf.qset and 0 not in leaf.shape}
+
+    def rules(self):
+        if self.one_set is not None:
+            return self.one_set
+        rules = [(f"^{path}$", leaf.qset) for path, leaf in self.leaves().items()]
+        return brx.select(*FAULTS[self.fault], *rules)
+
+    def optimizer(self, lam, hard_from):
+        base, wrap = BASES[self.base], WRAPPERS[self.wrapper]
+        hard_from = hard_from if self.has_hard_from else None
+        if self.form == "relax_params":
+            inner = optax.chain(base, brx.relax_params(self.rules(), lam, hard_from))
+        elif self.form == "binary_relax":
+            inner = brx.binary_relax(base, self.rules(), lam, hard_from)
+        else:
+            inner = brx.binary_connect(base, self.rules())
+        on_set = self.quantized()
+        return wrap(inner, lambda tree: map_paths(lambda path, _: path in on_set, tree))
+
+
+FAULTS = {
+    None: [],
+    "nothing matches": [("no such leaf", None)],
+    "no such axis": [("", brx.Binary(granularity=brx.PerChannel(9)))],
+    "not floating": [("", brx.Ternary())],
+}
+
+
+def is_kernel(path, leaf):
+    """What `select` documents of its default."""
+    name = path.split("/")[-1]
+    return (
+        leaf.dtype.endswith(("float16", "float32"))
+        and len(leaf.shape) >= 2
+        and name not in ("bias", "scale", "embedding")
+    )
+
+
+def map_paths(function, tree):
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: function(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf),
+        tree,
+    )
+
+
+@st.composite
+def programs(draw):
+    tree = draw(st.recursive(leaves(), containers, max_leaves=4))
+    program = Program(
+        tree,
+        draw(st.sampled_from(FORMS)),
+        draw(st.sampled_from(list(BASES))),
+        draw(st.sampled_from(list(WRAPPERS))),
+        draw(st.none() | st.none() | st.sampled_from(SETS)),
+        None,
+        draw(st.booleans()),
+    )
+    kinds = {leaf.dtype for leaf in program.leaves().values()}
+    # Adam and momentum alone refuse, or turn to floats, what is not floating.
+    if kinds & {"int32", "bool"} and program.wrapper != "masked":
+        program.base = "sgd"
+    return program
+
+
+def kinds(tree):
+    """What no update may change."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype, jax.typeof(x).weak_type), tree)
+
+
+def with_count(state, count):
+    """The optimizer state with the count of each of our states replaced."""
+
+    def is_ours(node):
+        return isinstance(node, brx.BinaryRelaxState)
+
+    return jax.tree.map(
+        lambda node: node._replace(count=count) if is_ours(node) else node, state, is_leaf=is_ours
+    )
+
+
+def compiled(program):
+    """(params, grads of each step, λ of each step, hard_from, first count) → what they left."""
+
+    @jax.jit
+    def run(params, grads, lams, hard_from, first):
+        def lam(count):
+            return lams[jnp.clip(count - first, 0, STEPS - 1)]
+
+        optimizer = program.optimizer(lam, hard_from)
+
+        def step(carry, grads):
+            params, state = carry
+            updates, after = optimizer.update(grads, state, params)
+            new = optax.apply_updates(params, updates)
+            assert jax.tree.structure((new, after)) == jax.tree.structure(carry)
+            assert kinds((new, after)) == kinds(carry)
+            read = (brx.quantized_params(after, new), brx.float_params(after, new))
+            assert jax.tree.structure(read[0]) == jax.tree.structure(params)
+            assert kinds(read[0]) == kinds(params)
+            assert kinds(brx.with_float_params(after, new)) == kinds(after)
+            return (new, after), (new, *read, brx.strength(after))
+
+        start = with_count(optimizer.init(params), first)
+        return jax.lax.scan(step, (params, start), grads, STEPS)[1]
+
+    return run
+
+
+WEIGHTS = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "zero": lambda rng, shape: np.zeros(shape),
+    "zeros of both signs": lambda rng, shape: rng.choice([0.0, -0.0], shape),
+    "few values": lambda rng, shape: rng.choice([-2.0, -1.0, 0.0, 1.0], shape),
+    "one large": lambda rng, shape: rng.standard_normal(shape) * rng.choice([1, 1e4], shape),
+    "heavy tails": lambda rng, shape: rng.standard_cauchy(shape) ** 3,
+    "huge": lambda rng, shape: rng.standard_normal(shape) * 1e37,
+    "tiny": lambda rng, shape: rng.standard_normal(shape) * 1e-30,
+    "subnormal": lambda rng, shape: rng.standard_normal(shape) * 1e-40,
+    "NaN": lambda rng, shape: np.where(rng.random(shape) < 0.2, np.nan, 1.0),
+    "infinity": lambda rng, shape: np.where(rng.random(shape) < 0.2, -np.inf, 1.0),
+}
+
+
+@dataclasses.dataclass
+class Values:
+    """The arguments of a compiled program.
+
+    `weights` and `grads` hold for each leaf a kind of values and a seed; gradients also a factor.
+    """
+
+    weights: list
+    grads: list
+    lams: list[float]
+    hard_after: int
+    first: int
+
+    @property
+    def hard_from(self):
+        return min(self.first + self.hard_after, LAST)
+
+    def arguments(self, program):
+        leaves, tree = jax.tree.flatten(program.tree)
+        params = [
+            array(*drawn, leaf.shape, leaf.dtype)
+            for drawn, leaf in zip(self.weights, leaves, strict=True)
+        ]
+        grads = [
+            factor * array(kind, seed, (STEPS, *leaf.shape), leaf.dtype)
+            for (kind, seed, factor), leaf in zip(self.grads, leaves, strict=True)
+        ]
+        grads = [grad.astype(leaf.dtype) for grad, leaf in zip(grads, leaves, strict=True)]
+        return (
+            tree.unflatten(params),
+            tree.unflatten(grads),
+            jnp.array(self.lams, jnp.float32),
+            jnp.int32(self.hard_from),
+            jnp.int32(self.first),
+        )
+
+
+def array(kind, seed, shape, dtype):
+    rng = np.random.default_rng(seed)
+    if dtype in ("int32", "bool"):
+        return jnp.asarray(rng.integers(0, 2, shape), dtype)
+    with np.errstate(over="ignore"):
+        return jnp.asarray(WEIGHTS[kind](rng, shape), "float32").astype(dtype)
+
+
+@st.composite
+def values(draw, program):
+    seed, kind = st.integers(0, 999), st.sampled_from(list(WEIGHTS))
+    every, count = st.sampled_from(LAMBDAS), len(program.leaves())
+    factor = st.sampled_from((1.0, 0.0, 1e-3, 30.0))
+    return Values(
+        weights=draw(lists(st.tuples(kind, seed), count)),
+        grads=draw(lists(st.tuples(kind, seed, factor), count)),
+        lams=draw(every.map(lambda lam: [lam] * STEPS) | lists(every, STEPS)),
+        hard_after=draw(st.integers(0, STEPS + 3)),
+        first=draw(st.sampled_from((0, 12345, LAST - 5, LAST))),
+    )
+
+
+def lists(elements, size):
+    return st.lists(elements, min_size=size, max_size=size)
+
+
+def grouped(x, granularity):
+    """(steps, *shape) → (steps, groups, entries of a group)."""
+    shape = x.shape[1:]
+    if isinstance(granularity, brx.PerBlock):
+        axis, size = granularity.axis, granularity.size
+        shape = (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+        x, kept = x.reshape(len(x), *shape), [a for a in range(len(shape)) if a != axis + 1]
+    else:
+        axes = granularity.axis if isinstance(granularity, brx.PerChannel) else ()
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        kept = sorted(axis % len(shape) for axis in axes)
+    rest = [axis for axis in range(len(shape)) if axis not in kept]
+    groups = int(np.prod([shape[axis] for axis in kept], dtype=int))
+    return x.transpose(0, *(a + 1 for a in (*kept, *rest))).reshape(len(x), groups, -1)
+
+
+def strengths(program, values):
+    """α after each step, and whether the params must be exact then."""
+    every = 2 if program.wrapper == "MultiSteps" else 1
+    alpha, promised = np.zeros(STEPS), np.zeros(STEPS, bool)
+    in_a_row, by_count = 0, False
+    for t in range(STEPS):
+        if (t + 1) % every:  # gradients are only added up
+            alpha[t], promised[t] = (alpha[t - 1], promised[t - 1]) if t else (0, False)
+            continue
+        done = t // every  # updates before this one
+        count = min(values.first + done, LAST)
+        hard = program.has_hard_from and count >= values.hard_from
+        lam = np.inf if hard else values.lams[count - values.first]
+        if program.form == "binary_connect":
+            lam, hard = np.inf, False
+        with np.errstate(divide="ignore", over="ignore"):
+            alpha[t] = 1 / (1 + 1 / np.float32(lam))
+        in_a_row = in_a_row + 1 if alpha[t] == 1 else 0
+        if in_a_row == 1:
+            by_count = hard and done >= 8
+        promised[t] = in_a_row > 2 or (by_count and in_a_row > 0)
+    return alpha, promised
+
+
+def check_values(program, run, values):
+    arguments = values.arguments(program)
+    params, quantized, floats, alpha = jax.tree.map(np.asarray, run(*arguments))
+    wanted, promised = strengths(program, values)
+    np.testing.assert_allclose(alpha, wanted, rtol=1e-6, atol=1e-37)
+    trees = [by_path(tree) for tree in (*arguments[:2], params, quantized, floats)]
+    for path, leaf in program.leaves().items():
+        start, grads, *traces = (np.asarray(tree[path]) for tree in trees)
+        given = [start[None].astype(traces[2].dtype), traces[2]]
+        if program.wrapper == "MultiSteps":  # adds 0·update to the params before the second step
+            given.append(grads)
+        if path in program.quantized():
+            check_leaf(leaf, given, traces, promised)
+        else:
+            for trace in traces[1:]:
+                np.testing.assert_array_equal(bits(trace), bits(traces[0]))
+
+
+def check_leaf(leaf, given, traces, promised):
+    """`given` are values that make groups good for nothing from where they are not finite."""
+    granularity, info = leaf.qset.granularity, jnp.finfo(leaf.dtype)
+    p, q = (grouped(trace, granularity) for trace in traces[:2])
+    # Groups without NaN or infinity so far, and with room for a scale and a difference.
+    good = np.ones((STEPS, p.shape[1]), bool)
+    for x in given:
+        small = np.abs(grouped(x, granularity).astype(np.float64)) < float(info.max) / 16
+        good &= np.logical_and.accumulate(small.all(-1))
+    p64, q64 = (np.where(good[..., None], x.astype(np.float64), 0) for x in (p, q))
+    assert np.isfinite(p64).all(), "params that are not finite, where the float weights are"
+    assert np.isfinite(q64).all(), "quantized params that are not finite"
+    distinct = distinct_values(q64)
+    assert (distinct <= len(leaf.qset.levels)).all(), "too many values in quantized params"
+    if not (leaf.dtype == "bfloat16" and leaf.qset.levels[-1] > 31):
+        exact = good & promised[:, None]
+        wrong = exact & (bits(p) != bits(q)).any(-1)
+        assert not wrong.any(), f"not the quantized params: step, group {np.argwhere(wrong)[:3]}"
+
+
+def distinct_values(x):
+    return 1 + np.count_nonzero(np.diff(np.sort(x, axis=-1), axis=-1), axis=-1)
+
+
+def by_path(tree):
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def check(cases, seed):
+    """Draws one program an example, and values for it `cases` times."""
+
+    def one(data):
+        program = data.draw(programs(), label="program")
+        run = compiled(program)
+        for _ in range(cases):
+            check_values(program, run, data.draw(values(program), label="values"))
+
+    return one
+
+
+def fuzz(examples, cases, seed=0, phases=tuple(hypothesis.Phase)):
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=phases,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(st.data())
+    def run(data):
+        check(cases, seed)(data)
+
+    run()
+
+
+def test_any_program_on_any_values():
+    fuzz(examples=8, cases=30)
+
+
+@pytest.mark.parametrize("never", [2**31, 2**40, np.int64(2**40), 1e12, np.float64(1e300), np.inf])
+def test_hard_from_beyond_the_last_count(never):
+    """The count stops at its int32's end, before it."""
+    optimizer = brx.binary_relax(optax.sgd(0.1), brx.Binary(), 1.0, hard_from=never)
+    params = jnp.eye(2)
+    state = with_count(optimizer.init(params), jnp.int32(LAST))
+    _, state = optimizer.update(params, state, params)
+    assert int(state.count) == LAST
+    assert float(brx.strength(state)) == 0.5
+
+
+@pytest.mark.parametrize("many", [2**31, 2**40, np.int64(2**40)])
+def test_schedules_longer_than_the_last_count(many):
+    geometric = brx.geometric_continuation(1.0, 2.0, every=many)
+    linear = brx.linear_continuation(many)
+    for count in (0, LAST // 2, LAST):
+        assert geometric(jnp.int32(count)) == 1
+        alpha = min(count / many, 1)
+        lam = alpha / (1 - alpha) if alpha < 1 - 1e-6 else np.inf
+        np.testing.assert_allclose(linear(jnp.int32(count)), lam, rtol=1e-5)
