@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any
 
+from examples import mesh
 from examples.config import PRESETS, Config
 
 EPILOG = """\
@@ -64,6 +66,14 @@ def check(config: Config) -> None:
         ),
         "checkpoint_every": (config.checkpoint_every >= 1, "at least 1"),
         "statistics_batches": (config.statistics_batches >= 1, "at least 1"),
+        "metrics_every": (
+            config.metrics_every is None or config.metrics_every >= 0,
+            "at least 1, or 0 for none",
+        ),
+        "mesh": (
+            re.fullmatch(mesh.FORM, config.mesh) is not None,
+            "two numbers of devices, as in 4x2",
+        ),
     }
     for name, (holds, remedy) in rules.items():
         if not holds:

@@ -93,6 +93,12 @@ class Config:
     )
     seed: int = setting(0, "training", "seed of the weights, the order and the augmentation")
 
+    mesh: str = setting(
+        "1x1",
+        "training",
+        "devices, DATAxMODEL: batches are laid over the first, output channels over the second",
+    )
+
     out: str | None = setting(
         None, "output", "directory of this run (runs/DATASET-MODEL-METHOD[-SET])"
     )
@@ -103,6 +109,15 @@ class Config:
         20,
         "output",
         "training batches to re-estimate the batch statistics of quantized weights from",
+    )
+    metrics_every: int | None = setting(
+        None,
+        "output",
+        "steps from one line of metrics of the layers to the next (an epoch); 0: none, which saves "
+        "a byte a weight, and reading and writing it in each step",
+    )
+    tensorboard: bool = setting(
+        False, "output", "also write the log as TensorBoard's event file, beside it"
     )
 
     @property
@@ -123,6 +138,11 @@ class Config:
     def images_per_epoch(self, examples: int) -> int:
         """How many of so many examples an epoch trains on."""
         return self.steps_per_epoch(examples) * min(self.batch, examples)
+
+    def metrics_due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether metrics of the layers are logged after so many steps."""
+        every = steps_per_epoch if self.metrics_every is None else self.metrics_every
+        return self.method != "float" and every > 0 and step % every == 0
 
     @property
     def hard_epoch(self) -> float:
@@ -149,11 +169,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def differences(
-    theirs: dict[str, Any], ours: dict[str, Any], ignored: tuple[str, ...] = ("out",)
-) -> list[str]:
-    """Lines that say which settings differ between two runs."""
-    names = sorted({*theirs, *ours} - set(ignored))
+ELSEWHERE = ("out", "mesh", "tensorboard")  # say where a run computes and writes, not what
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Lines that say which settings differ between two runs, those of the place apart."""
+    names = sorted({*theirs, *ours} - set(ELSEWHERE))
     return [
         f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here"
         for n in names

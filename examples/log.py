@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +17,50 @@ PACKAGES = ("brelax_jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
 
 class Log:
-    """The file log.jsonl in a run's directory. A line's `kind` is header, epoch, weights or
-    result.
+    """The file log.jsonl in a run's directory. A line's `kind` is header, epoch, metrics, weights
+    or result.
+
+    A process may be killed at any moment: the file is there with its header or not at all, and
+    loses no line that a checkpoint counts on. Its last line may be half written until it is `cut`.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory) / "log.jsonl"
+        self._follow: Callable[[dict[str, Any]], None] | None = None
 
     def start(self, config: Config, **facts: Any) -> None:
         """Begins the log anew."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
         versions = {name: _version(name) for name in PACKAGES}
-        self.write(
-            "header",
-            config=config.to_json(),
-            versions=versions,
-            device=str(jax.devices()[0]),
-            **facts,
-        )
+        header = dict(kind="header", config=config.to_json(), versions=versions)
+        self._replace([_plain({**header, "device": str(jax.devices()[0]), **facts})])
 
     def cut(self, epoch: int) -> None:
         """Drops what was written after an epoch, so that a resumed run writes it again."""
-        lines = [
-            line
-            for line in read(self.path)
-            if line.get("epoch", 0) <= epoch and line["kind"] != "result"
-        ]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = read(self.path)
+        self._replace(
+            [line for line in lines if line.get("epoch", 0) <= epoch and line["kind"] != "result"]
+        )
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends a line."""
+        line = _plain({"kind": kind, **values})
         with self.path.open("a") as file:
-            file.write(json.dumps(_plain({"kind": kind, **values}), allow_nan=False) + "\n")
+            file.write(_json(line))
+        if self._follow is not None:
+            self._follow(line)
+
+    def follow(self, function: Callable[[dict[str, Any]], None]) -> None:
+        """Calls a function with each line, with those that are there at once."""
+        for line in read(self.path):
+            function(line)
+        self._follow = function
+
+    def _replace(self, lines: list[dict[str, Any]]) -> None:
+        """Puts these lines in the file's place, at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".new")
+        beside.write_text("".join(map(_json, lines)))
+        os.replace(beside, self.path)
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -66,6 +79,10 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The training loop: from a configuration to a run's directory with its log and checkpoints."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,11 +14,12 @@ import brelax_jax as brx
 from examples.checkpoints import Checkpoints
 from examples.config import Config
 from examples.data import Data, Split
+from examples.events import Events
 from examples.log import Log
 from examples.progress import Progress
 from examples.quantization import layer_sets
 from examples.report import bits_per_weight, leaves, quantized_layers, size_in_bytes
-from examples.steps import Metrics, Trainer, TrainState
+from examples.steps import Sums, Trainer, TrainState
 
 SNAPSHOTS = 9  # histograms of a layer's weights in a log
 BINS, RANGE = 61, 3.0  # the range is in units of their root mean square
@@ -29,12 +31,13 @@ def run(config: Config, data: Data, progress: Progress, resume: bool = False) ->
     Raises:
       ValueError: if the run's directory is in use, or its checkpoint of another configuration.
     """
-    trainer = Trainer(config, data)
-    log, checkpoints = Log(config.directory), Checkpoints(config.directory)
-    if log.path.exists() and not resume:
+    log = Log(config.directory)
+    if not resume and (log.path.exists() or any(log.path.parent.glob("checkpoints/[0-9]*"))):
         raise ValueError(
             f"{config.directory} holds a run: go on with --resume, or give another --out."
         )
+    trainer = Trainer(config, data)
+    checkpoints = Checkpoints(config.directory)
     begun, state = start(trainer, checkpoints, config, resume)
     if begun and log.path.exists():
         log.cut(begun)
@@ -46,8 +49,24 @@ def run(config: Config, data: Data, progress: Progress, resume: bool = False) ->
         )
         log_weights(log, begun, state, config)
     progress.skip(begun * trainer.images_per_epoch)
+    with contextlib.ExitStack() as stack:
+        if config.tensorboard:
+            log.follow(stack.enter_context(contextlib.closing(Events(config.directory))).write)
+        return train(trainer, state, begun, log, checkpoints, progress)
+
+
+def train(
+    trainer: Trainer,
+    state: TrainState,
+    begun: int,
+    log: Log,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The epochs after those that are done, and the result."""
+    config, data = trainer.config, trainer.data
     for epoch in range(begun + 1, config.epochs + 1):
-        state, values = train_epoch(trainer, state, epoch, progress)
+        state, values = train_epoch(trainer, state, epoch, log, progress)
         values |= evaluate(trainer, state, data.validation if len(data.validation) else data.test)
         log.write("epoch", epoch=epoch, step=state.step, **values)
         if epoch in np.linspace(0, config.epochs, SNAPSHOTS).round():
@@ -71,25 +90,26 @@ def start(
         if not Path(config.warm_start).is_dir():
             raise ValueError(f"There is no run to start from in {config.warm_start}.")
         model = Checkpoints(config.warm_start).restore_model(trainer.abstract_state(), config)
-        return 0, trainer.warm_state(**model)
+        return 0, trainer.warm_state(model["params"], model["batch_stats"])
     return 0, trainer.init()
 
 
 def train_epoch(
-    trainer: Trainer, state: TrainState, epoch: int, progress: Progress
+    trainer: Trainer, state: TrainState, epoch: int, log: Log, progress: Progress
 ) -> tuple[TrainState, dict[str, Any]]:
     """One pass over the training split, and its averages."""
     begin = time.perf_counter()
-    total = Metrics()
+    total = Sums()
     label = f"{Path(trainer.config.directory).name} {epoch}/{trainer.config.epochs}"
-    for batch in trainer.batches(epoch):
-        state, metrics = trainer.step(state, batch.images, batch.labels)
-        total = total.plus(metrics)
+    first = (epoch - 1) * trainer.steps_per_epoch + 1
+    for step, batch in enumerate(trainer.batches(epoch), start=first):
+        state, sums = trainer.step(state, batch.images, batch.labels)
+        total = total.plus(sums)
+        if trainer.config.metrics_due(step, trainer.steps_per_epoch):
+            log.write("metrics", epoch=epoch, step=step, layers=layer_metrics(trainer, state))
         progress.advance(len(batch))
         if progress.due():
-            progress.figures(
-                label, loss=metrics.mean_loss, acc=metrics.accuracy, **pull(trainer, state)
-            )
+            progress.figures(label, loss=sums.mean_loss, acc=sums.accuracy, **pull(trainer, state))
     loss, accuracy = total.mean_loss, total.accuracy  # waits for the device
     seconds = time.perf_counter() - begin
     values = dict(loss=loss, accuracy=accuracy, learning_rate=trainer.learning_rate(state.step - 1))
@@ -103,6 +123,17 @@ def pull(trainer: Trainer, state: TrainState) -> dict[str, float]:
         return {}
     alpha = float(brx.strength(state.opt_state))
     return {"lam": alpha / (1 - alpha) if alpha < 1 else math.inf, "strength": alpha}
+
+
+def layer_metrics(trainer: Trainer, state: TrainState) -> dict[str, dict[str, Any]]:
+    """The metrics of each quantized layer; waits for the device."""
+    selection = layer_sets(trainer.config)
+    found = {}
+    for path, values in jax.device_get(trainer.metrics(state.opt_state, state.params)).items():
+        mean_scale = np.mean(values.scale, dtype=np.float64)
+        levels = selection.the_set_of(path, leaves(state.params)[path]).levels
+        found[path] = {**values._asdict(), "scale": mean_scale, "levels": levels}
+    return found
 
 
 def deployed(trainer: Trainer, state: TrainState) -> tuple[Any, Any]:

@@ -1,5 +1,5 @@
-"""Pictures of runs, from their logs: accuracy and strength over epochs, and weights collapsing onto
-their levels.
+"""Pictures of runs, from their logs: accuracy and strength over epochs, weights collapsing onto
+their levels, and metrics of the layers over steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,12 @@ STYLE: Any = {
     "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
     "figure.dpi": 160,
 }  # fmt: skip
+
+METRICS = {
+    "distance": ("Distance of the float weights to the set (% of their norm)", True),
+    "flips": ("Weights whose level a step changes (%)", True),
+    "scale": ("Mean scale", False),
+}
 
 
 def plot_runs(
@@ -54,6 +60,52 @@ def plot_runs(
         figure.savefig(path)
         plt.close(figure)
     return Path(path)
+
+
+def plot_metrics(directory: str | Path, path: str | Path) -> Path | None:
+    """Draws the metrics of a run's layers over steps.
+
+    Args:
+      directory: the run's.
+      path: where the PNG goes.
+
+    Returns:
+      The path, or None if the run has logged no metrics.
+    """
+    lines = of(read(Path(directory) / "log.jsonl"), "metrics")
+    if not lines:
+        return None
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            len(METRICS), 1, figsize=(7.2, 7.2), layout="constrained", sharex=True
+        )
+        for axes, (name, (title, percent)) in zip(panels, METRICS.items(), strict=True):
+            metrics_panel(axes, lines, name, 100 if percent else 1)
+            axes.set_title(title)
+        panels[-1].set_xlabel("step (grey: phase II)")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside right upper",
+            fontsize=8,
+            ncols=1 + len(lines[0]["layers"]) // 24,
+        )
+        figure.savefig(path)
+        plt.close(figure)
+    return Path(path)
+
+
+def metrics_panel(axes: Any, lines: list[dict[str, Any]], name: str, factor: float) -> None:
+    """One of the metrics over steps, a line for each layer; phase II is shaded."""
+    steps = [line["step"] for line in lines]
+    layers = list(lines[0]["layers"])
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for color, layer in zip(colors, layers, strict=True):
+        values = [factor * line["layers"][layer][name] for line in lines]
+        marker = "." if len(lines) < 40 else ""
+        axes.plot(steps, values, marker, ls="-", lw=1.2, color=color, label=layer)
+    hard = [line["step"] for line in lines if line["layers"][layers[0]]["lam"] == "inf"]
+    if hard and len(hard) < len(steps):
+        axes.axvspan(hard[0], steps[-1], color="#f0f0f0", lw=0, zorder=0)
 
 
 def of(log: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -19,8 +19,10 @@ def parse_granularity(word: str) -> brx.PerTensor | brx.PerChannel | brx.PerBloc
         match kind, [int(number) for number in numbers]:
             case "tensor", []:
                 return brx.PerTensor()
-            case "channel", [*axis] if len(axis) < 2:
-                return brx.PerChannel(*axis)
+            case "channel", []:
+                return brx.PerChannel()
+            case "channel", [axis]:
+                return brx.PerChannel(axis)
             case "block", [size, *axis] if len(axis) < 2:
                 return brx.PerBlock(size, *axis)
             case _:
@@ -104,12 +106,15 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(learning_rate(config, steps_per_epoch), momentum=config.momentum),
     )
+    tracked = config.metrics_every != 0
     match config.method:
         case "float":
             return sgd
         case "binary_connect":
-            return brx.binary_connect(sgd, layer_sets(config))
+            return brx.binary_connect(sgd, layer_sets(config), track_flips=tracked)
         case _:
             hard_step = round(config.hard_epoch * steps_per_epoch)
             lam = continuation(config, steps_per_epoch)
-            return brx.binary_relax(sgd, layer_sets(config), lam, hard_from=hard_step)
+            return brx.binary_relax(
+                sgd, layer_sets(config), lam, hard_from=hard_step, track_flips=tracked
+            )

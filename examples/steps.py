@@ -18,6 +18,7 @@ import brelax_jax as brx
 from examples.augment import augment, normalize
 from examples.config import Config
 from examples.data import Data, Split
+from examples.mesh import everywhere, laid_out, make_mesh, over_data, over_model
 from examples.models import make_model
 from examples.quantization import learning_rate, make_optimizer
 
@@ -31,16 +32,16 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Metrics(NamedTuple):
+class Sums(NamedTuple):
     """Sums over images."""
 
     loss: Array | float = 0.0
     correct: Array | float = 0.0
     images: Array | float = 0.0
 
-    def plus(self, other: "Metrics") -> "Metrics":
+    def plus(self, other: "Sums") -> "Sums":
         """The sums over both."""
-        return Metrics(*(a + b for a, b in zip(self, other, strict=True)))
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
     @property
     def mean_loss(self) -> float:
@@ -54,7 +55,11 @@ class Metrics(NamedTuple):
 
 
 class Trainer:
-    """A network, its optimizer and its data, with the jitted functions over them."""
+    """A network, its optimizer and its data, with the jitted functions over them.
+
+    Raises:
+      ValueError: if the devices do not suffice for the mesh, or the batches do not divide over it.
+    """
 
     def __init__(self, config: Config, data: Data) -> None:
         self.config, self.data = config, data
@@ -65,22 +70,20 @@ class Trainer:
         self.learning_rate = learning_rate(config, self.steps_per_epoch)
         self.optimizer = make_optimizer(config, self.steps_per_epoch)
         self.mean, self.std = map(jnp.asarray, data.channel_moments)
-        self.step = jax.jit(self._step, donate_argnums=0)
-        self.quantized = jax.jit(brx.quantized_params)
-        self._sums = jax.jit(self._batch_sums)
-        self._statistics = jax.jit(self._batch_statistics)
-
-    def init(self) -> TrainState:
-        """The state before the first step."""
-        return jax.jit(self._init)()
+        mesh = make_mesh(config.mesh)
+        self._rows = mesh.shape["data"]
+        if self.batch % self._rows:
+            raise ValueError(
+                f"A batch of {self.batch} does not divide over the {self._rows} rows of --mesh "
+                f"{config.mesh}: give another --batch or --mesh."
+            )
+        shapes = jax.eval_shape(self._init)
+        self._abstract = laid_out(shapes, over_model(mesh, shapes))
+        self._jit(over_model(mesh, shapes), over_data(mesh), everywhere(mesh))
 
     def abstract_state(self) -> TrainState:
-        """The shapes and dtypes of a state."""
-        return jax.eval_shape(self._init)
-
-    def warm_state(self, params: Any, batch_stats: Any) -> TrainState:
-        """The state before the first step from given params and batch statistics."""
-        return jax.jit(self._state)(params, batch_stats)
+        """The shapes, dtypes and shardings of a state."""
+        return self._abstract
 
     def batches(self, epoch: int) -> Iterator[Split]:
         """The training batches of an epoch, in an order made from the seed and the epoch only."""
@@ -90,8 +93,8 @@ class Trainer:
 
     def evaluate(self, params: Any, batch_stats: Any, split: Split) -> float:
         """Accuracy on a split."""
-        total = Metrics()
-        size = min(500, len(split))
+        total = Sums()
+        size = -(-min(500, len(split)) // self._rows) * self._rows
         for start in range(0, len(split), size):
             indices = np.arange(start, start + size)  # past the end: the last image, not counted
             part = split[np.minimum(indices, len(split) - 1)]
@@ -112,17 +115,41 @@ class Trainer:
         ]
         return jax.tree.map(lambda *each: sum(each) / len(each), *collected)
 
+    def _jit(self, states: Any, batches: Any, whole: Any) -> None:
+        """Makes the jitted functions, with the shardings of what they take and give."""
+        model = (states.params, states.batch_stats)
+        self.init = jax.jit(self._init, out_shardings=states)
+        self.warm_state = jax.jit(self._state, in_shardings=model, out_shardings=states)
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(states, batches, batches),
+            out_shardings=(states, whole),
+            donate_argnums=0,
+        )
+        self.quantized = jax.jit(brx.quantized_params, out_shardings=states.params)
+        self.metrics = jax.jit(brx.metrics, out_shardings=whole)
+        self._sums = jax.jit(
+            self._batch_sums, in_shardings=(*model, *(batches,) * 3), out_shardings=whole
+        )
+        self._statistics = jax.jit(
+            self._batch_statistics,
+            in_shardings=(states.params, batches, whole),
+            out_shardings=states.batch_stats,
+        )
+
     def _init(self) -> TrainState:
+        """The state before the first step."""
         image = jnp.zeros((1, *self.data.train.images.shape[1:]))
         variables = self.model.init(jax.random.key(self.config.seed), image)
         return self._state(variables["params"], variables["batch_stats"])
 
     def _state(self, params: Any, batch_stats: Any) -> TrainState:
+        """The state before the first step from given params and batch statistics."""
         return TrainState(
             jnp.zeros((), jnp.int32), params, batch_stats, self.optimizer.init(params)
         )
 
-    def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
+    def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Sums]:
         if self.config.augment:
             images = augment(
                 jax.random.fold_in(jax.random.key(self.config.seed), state.step), images
@@ -139,21 +166,19 @@ class Trainer:
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
-        metrics = Metrics(
-            value * len(labels), correct.astype(jnp.float32), jnp.float32(len(labels))
-        )
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        sums = Sums(value * len(labels), correct.astype(jnp.float32), jnp.float32(len(labels)))
+        return TrainState(state.step + 1, params, batch_stats, opt_state), sums
 
     def _batch_sums(
         self, params: Any, batch_stats: Any, images: Array, labels: Array, counts: Array
-    ) -> Metrics:
+    ) -> Sums:
         variables = {"params": params, "batch_stats": batch_stats}
         logits: Any = self.model.apply(
             variables, normalize(images, self.mean, self.std), train=False
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = jnp.argmax(logits, axis=-1) == labels
-        return Metrics(jnp.sum(losses * counts), jnp.sum(correct * counts), jnp.sum(counts))
+        return Sums(jnp.sum(losses * counts), jnp.sum(correct * counts), jnp.sum(counts))
 
     def _batch_statistics(self, params: Any, images: Array, number: Array) -> Any:
         if self.config.augment:  # the running averages are of augmented images, too

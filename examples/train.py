@@ -47,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     picture = plots.plot_runs(
         {f"{config.method} {config.set}": config.directory}, Path(config.directory) / "run.png"
     )
-    print(f"written: {picture} and, beside it, log.jsonl and checkpoints")
+    metrics = plots.plot_metrics(config.directory, Path(config.directory) / "metrics.png")
+    beside = (
+        "log.jsonl and checkpoints" if metrics is None else "metrics.png, log.jsonl, checkpoints"
+    )
+    print(f"written: {picture} and, beside it, {beside}")
     return 0
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import brelax_jax as brx
 from examples import cli, data, demo, plots, report, train
@@ -25,21 +24,9 @@ TINY = Config(epochs=2, batch=64, train_examples=256, validation=0.2, statistics
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The runs here are many and alike: compiled programs are kept for one another."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def compile_once(compiled_programs):
+    """The runs here are many and alike."""
+    return compiled_programs
 
 
 @pytest.fixture(scope="module")
