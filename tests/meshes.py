@@ -1,0 +1,142 @@
+"""What the tests on several devices share: a process that has them, and a network to train."""
+
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import brelax_jax as brx
+from brelax_jax.transforms._grid import grid_of
+from brelax_jax.transforms._state import find_states
+
+DEVICES = 8
+MOVES = re.compile(r"= (?!.*fusion\().*(all-gather|all-to-all|collective-permute|reduce-scatter)\(")
+
+
+def run_on_eight_devices(file, extent):
+    """Runs a file's tests where there are eight devices: JAX fixes their number when it starts."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", extent, file]
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+
+
+def make_mesh(kind):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def put(tree, specs, mesh):
+    """The leaves of a tree, laid on a mesh as the specs say."""
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+
+
+# A network with kernels sharded by columns, by rows, by columns with a scale for each, in blocks.
+
+SHAPES = {"column": (8, 32), "row": (32, 16), "own": (16, 24), "head": (24, 4)}
+SPECS = {
+    "column": {"kernel": P(None, "model"), "bias": P("model")},
+    "row": {"kernel": P("model", None), "bias": P()},
+    "own": {"kernel": P(None, "model"), "bias": P("model")},
+    "head": {"kernel": P("model", None), "bias": P()},
+}
+SETS = {
+    "column": brx.Ternary(granularity=brx.PerTensor(axis_name="model")),
+    "row": brx.Binary(granularity=brx.PerChannel(axis_name="model")),
+    "own": brx.Uniform(3, granularity=brx.PerChannel()),
+    "head": brx.TernaryThreshold(granularity=brx.PerBlock(2, axis=0)),
+}
+STEPS = 6
+
+
+def relaxation():
+    """Three steps of phase I, then phase II."""
+    rules = brx.select(*((f"^{name}/kernel", qset) for name, qset in SETS.items()))
+    base = optax.sgd(0.1, momentum=0.9)
+    return brx.binary_relax(base, rules, lambda count: 1.0 + count, hard_from=3)
+
+
+def network():
+    """The params."""
+    rng = np.random.default_rng(0)
+    return {
+        name: {
+            "kernel": (rng.laplace(size=shape) / shape[0] ** 0.5).astype(np.float32),
+            "bias": np.zeros(shape[1], np.float32),
+        }
+        for name, shape in SHAPES.items()
+    }
+
+
+def batch(step):
+    rng = np.random.default_rng(100 + step)
+    return rng.standard_normal((32, 8)).astype("f4"), rng.standard_normal((32, 4)).astype("f4")
+
+
+def loss(params, inputs, targets, contract=jnp.matmul):
+    """The squared error; `contract` multiplies by the kernels that are sharded by rows."""
+    x = jnp.tanh(inputs @ params["column"]["kernel"] + params["column"]["bias"])
+    x = jnp.tanh(contract(x, params["row"]["kernel"]) + params["row"]["bias"])
+    x = jnp.tanh(x @ params["own"]["kernel"] + params["own"]["bias"])
+    x = contract(x, params["head"]["kernel"]) + params["head"]["bias"]
+    return jnp.mean(jnp.square(x - targets))
+
+
+def updated(optimizer, grads, state, params):
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def trained(gradient, update, params, state):
+    """(params, state) before the first step and after each."""
+    yield params, state
+    for step in range(STEPS):
+        params, state = update(gradient(params, *batch(step)), state, params)
+        yield params, state
+
+
+@functools.cache
+def on_one_device():
+    optimizer = relaxation()
+    update = jax.jit(functools.partial(updated, optimizer))
+    params = jax.tree.map(jnp.asarray, network())
+    state = jax.jit(optimizer.init)(params)
+    return [jax.device_get(at) for at in trained(jax.jit(jax.grad(loss)), update, params, state)]
+
+
+def assert_same(state, expected, sets=SETS, rtol=1e-6):
+    """Float weights and scales are equal to rounding, and codes but where a weight is at a
+    threshold."""
+    state, expected = (jax.device_get(find_states(tree)[0]) for tree in (state, expected))
+    for name, qset in sets.items():
+        y, wanted_y = (tree.float_params[name]["kernel"] for tree in (state, expected))
+        fit, wanted_fit = (tree.fits[name]["kernel"] for tree in (state, expected))
+        np.testing.assert_allclose(y, wanted_y, rtol=rtol, atol=rtol / 10, err_msg=name)
+        # Stored scales are rounded to a grid, so the last bit may make a step of it.
+        step = np.asarray(grid_of(wanted_fit.scale, qset, "float32").spacing)
+        assert np.all(np.abs(fit.scale - wanted_fit.scale) <= step + rtol * wanted_fit.scale), name
+        codes, wanted_codes = qset.codes(y, fit), qset.codes(wanted_y, wanted_fit)
+        assert_same_codes(qset, codes, wanted_codes, wanted_y, wanted_fit, rtol)
+
+
+def assert_same_codes(qset, codes, expected, w, fit, rtol=1e-6):
+    """Codes are equal, but where w is at a threshold between two of them."""
+    groups = qset.granularity.groups(w.shape)
+    a, scale = np.abs(w).reshape(groups.view), np.asarray(fit.scale).reshape(groups.scale_view)
+    if fit.cut is None:
+        thresholds = [scale * (m + n) / 2 for m, n in itertools.pairwise(qset.magnitudes)]
+    else:
+        thresholds = [np.asarray(fit.cut).reshape(groups.scale_view)]
+    near = [np.abs(a - threshold) <= rtol * threshold for threshold in thresholds]
+    near += [a <= rtol * scale] * (qset.magnitudes[0] > 0)  # there the sign changes
+    equal = np.asarray(codes) == np.asarray(expected)
+    assert np.all(equal | np.any(near, axis=0).reshape(w.shape)), np.sum(~equal)
