@@ -71,14 +71,21 @@ def settled(out, start, *more) -> Config:
     return cli.parse(arguments(out, start))[0]
 
 
+def command(out, start, nth=0, pattern="."):
+    """Starts or resumes the run in a process that is killed there."""
+    resume = ["--resume"] if Log(out).path.exists() else []
+    run = [*arguments(out, start), *resume]
+    return [sys.executable, "-m", "tests.killed", str(nth), pattern, *run]
+
+
 def kill(out, start, cache, nth, pattern):
-    """Starts or resumes the run in a process that is killed there; its return code."""
-    command = [sys.executable, "-m", "tests.killed", str(nth), pattern, *arguments(out, start)]
-    if Log(out).path.exists():
-        command.append("--resume")
-    done = subprocess.run(command, env=os.environ | cache, capture_output=True, check=False)
+    """Starts or resumes the run; whether it was killed."""
+    environment = os.environ | cache
+    done = subprocess.run(
+        command(out, start, nth, pattern), env=environment, capture_output=True, check=False
+    )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:].decode()
-    return done.returncode
+    return done.returncode != 0
 
 
 def check_same(config, uninterrupted, trainer):
@@ -146,10 +153,10 @@ def test_twenty_kills(start, uninterrupted, trainer, cache, tmp_path):
         for _ in range(rng.randint(1, 6)):
             kind = min(kills, key=lambda kind: (kills[kind], rng.random()))
             if kind == "clock":
-                kills[kind] += kill_after(rng.uniform(0, 8), out, start, cache)
+                kills[kind] += kill_by_clock(out, start, cache, rng.randrange(25), rng.random())
             else:
                 pattern, changes = {"any": (".", 100), "save": ("checkpoint-tmp", 60)}[kind]
-                kills[kind] += kill(out, start, cache, rng.randint(1, changes), pattern) != 0
+                kills[kind] += kill(out, start, cache, rng.randint(1, changes), pattern)
         resume = ["--resume"] if Log(out).path.exists() else []
         check_same(settled(out, start, *resume), uninterrupted, trainer)
         if sum(kills.values()) >= 20:
@@ -157,15 +164,25 @@ def test_twenty_kills(start, uninterrupted, trainer, cache, tmp_path):
     assert min(kills.values()) >= 5
 
 
-def kill_after(seconds, out, start, cache):
-    """Kills the run so long after it began to load; whether it was still there."""
-    command = [sys.executable, "-m", "tests.killed", "0", ".", *arguments(out, start)]
-    command += ["--resume"] if Log(out).path.exists() else []
-    with subprocess.Popen(command, env=os.environ | cache, stdout=subprocess.DEVNULL) as process:
-        time.sleep(seconds)
+def kill_by_clock(out, start, cache, lines, share):
+    """Kills the run when it has logged so many lines and a part of the next, or at once while it
+    loads; whether it was still there.
+    """
+    path = Log(out).path
+    before = written(path)
+    with subprocess.Popen(
+        command(out, start), env=os.environ | cache, stdout=subprocess.DEVNULL
+    ) as process:
+        while lines and process.poll() is None and written(path) < before + lines:
+            time.sleep(0.001)
+        time.sleep(0.02 * share if lines else 8 * share)
         running = process.poll() is None
         process.kill()
     return running
+
+
+def written(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_killed_before_the_first_checkpoint(start, uninterrupted, trainer, tmp_path):
