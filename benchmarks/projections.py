@@ -4,6 +4,7 @@ A pass is `jnp.sum(jnp.abs(w))` on the same weights, jitted. All rows take turns
 of several runs counts. With the extra `parq` the last table compares with torchao's PARQ optimizer.
 """
 
+import functools
 import importlib
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 import brelax_jax as brx
-from benchmarks.updates import compiled, relax, resnet18, weights
+from benchmarks.updates import Row, relax, resnet18, weights
 
 RUNS = 8
 SHAPE = (3, 3, 512, 512)
@@ -109,14 +110,7 @@ def against_parq() -> None:
         "SGD": sgd,
         "Ternary": relax(sgd, brx.Ternary(), 1.0, hard_from=10**6),
     }.items():
-        step, state, _ = compiled(optimizer, params)
-        held = [jax.tree.map(jnp.copy, params), state]
-
-        def call(step: Any = step, held: list[Any] = held) -> Any:
-            held[0], held[1] = step(held[0], held[1], grads)
-            return held[0]
-
-        calls[name] = call
+        calls[name] = functools.partial(Row(optimizer, params).run, grads)
     try:
         calls |= parq_calls([np.asarray(leaf) for leaf in jax.tree.leaves(params)])
     except ImportError as error:

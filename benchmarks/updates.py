@@ -2,9 +2,10 @@
 
 The first table is the time of update plus `optax.apply_updates`, jitted with donated buffers, on
 the convolution weights of ResNet-18 (float32), over that of SGD with momentum alone; the second
-that of a whole training step of ResNet-20, 128 images of 32 px, over the float step. The rows of a
-table take turns. In the first the smallest of several runs counts, in the second the median of the
-ratios of each turn.
+what flips that are tracked and metrics in every update add to it; the third the time of a whole
+training step of ResNet-20, 128 images of 32 px, over the float step. The rows of a table take
+turns. In the first two the smallest of several runs counts, in the third the median of the ratios
+of each turn.
 """
 
 import math
@@ -61,17 +62,46 @@ def weights(shapes: list[tuple[int, ...]]) -> dict[str, dict[str, jax.Array]]:
     }
 
 
-def compiled(optimizer: optax.GradientTransformation, params: Any) -> tuple[Any, Any, float]:
-    """Update and apply, the state to begin with, and the seconds of compilation."""
+class Row:
+    """An optimizer's update and apply, compiled, with its state and its times."""
 
-    def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def __init__(self, optimizer: optax.GradientTransformation, params: Any, metrics: bool = False):
+        def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any, Any]:
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return params, state, brx.metrics(state, params) if metrics else None
 
-    state = jax.jit(optimizer.init)(params)
-    begin = time.perf_counter()
-    step = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, params).compile()
-    return step, state, time.perf_counter() - begin
+        self.params, self.state = jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params)
+        begin = time.perf_counter()
+        lowered = jax.jit(update, donate_argnums=(0, 1)).lower(params, self.state, params)
+        self.update = lowered.compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.seconds = math.inf
+
+    def run(self, grads: Any, counts: bool = False) -> None:
+        """One update."""
+        begin = time.perf_counter()
+        done = jax.block_until_ready(self.update(self.params, self.state, grads))
+        self.params, self.state, _ = done
+        if counts:
+            self.seconds = min(self.seconds, time.perf_counter() - begin)
+
+
+def in_turns(rows: dict[str, Row], params: Any) -> None:
+    """Measures every row; the warm-up brings phase II to its hard steps."""
+    grads = jax.tree.map(lambda w: 0.01 * w, params)
+    for run in range(RUNS + WARMUP):
+        for row in rows.values():
+            row.run(grads, counts=run >= WARMUP)
+
+
+def print_table(title: str, rows: dict[str, Row]) -> None:
+    """Times and their ratios to the first row."""
+    base = next(iter(rows.values())).seconds
+    print(f"\n{title:<32}{'ms':>8}{'ratio':>8}{'compile s':>11}")
+    for name, row in rows.items():
+        ratio = row.seconds / base
+        print(f"{name:<32}{1e3 * row.seconds:8.1f}{ratio:8.2f}{row.compile_seconds:11.1f}")
 
 
 def update_times() -> None:
@@ -85,26 +115,30 @@ def update_times() -> None:
         "ternary": relax(sgd, brx.Ternary(), 1.0, hard_from=10**6),
     }
     params = weights(resnet18())
-    grads = jax.tree.map(lambda w: 0.01 * w, params)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    rows: dict[str, list[Any]] = {}
-    for name, optimizer in optimizers.items():
-        step, state, seconds = compiled(optimizer, params)
-        rows[name] = [step, jax.tree.map(jnp.copy, params), state, math.inf, seconds]
-    for run in range(RUNS + WARMUP):  # which brings phase II to its hard steps
-        for row in rows.values():
-            begin = time.perf_counter()
-            row[1], row[2] = jax.block_until_ready(row[0](row[1], row[2], grads))
-            if run >= WARMUP:
-                row[3] = min(row[3], time.perf_counter() - begin)
-    base = rows["SGD with momentum"][3]
+    rows = {name: Row(optimizer, params) for name, optimizer in optimizers.items()}
+    in_turns(rows, params)
     print(f"update and apply, {count / 1e6:.1f} M weights of ResNet-18, jax {jax.__version__}")
-    print(f"{'optimizer':<24}{'ms':>8}{'ratio':>8}{'compile s':>11}")
-    for name, (_, _, _, seconds, compile_seconds) in rows.items():
-        print(f"{name:<24}{1e3 * seconds:8.1f}{seconds / base:8.2f}{compile_seconds:11.1f}")
+    print_table("optimizer", rows)
     for name, qset in {"binary": brx.Binary(), "ternary": brx.Ternary()}.items():
-        seconds = compiled(relax(sgd, qset, 1.0, hard_from=100), weights(resnet50()))[2]
+        row = Row(relax(sgd, qset, 1.0, hard_from=100), weights(resnet50()))
+        seconds = row.compile_seconds
         print(f"ResNet-50's {len(resnet50())} kernels, {name}: compiled in {seconds:.1f} s")
+
+
+def metrics_times() -> None:
+    """Measures what metrics cost, and prints a table for each set."""
+    sgd, params = optax.sgd(1e-3, momentum=0.9), weights(resnet18())
+    for name, qset in {"binary": brx.Binary(), "ternary": brx.Ternary()}.items():
+        plain, tracked = (relax(sgd, qset, 1.0, track_flips=track) for track in (False, True))
+        rows = {
+            "no metrics": Row(plain, params),
+            "metrics in every update": Row(plain, params, metrics=True),
+            "flips tracked": Row(tracked, params),
+            "both": Row(tracked, params, metrics=True),
+        }
+        in_turns(rows, params)
+        print_table(f"{name}, phase I", rows)
 
 
 def training_step_times() -> None:
@@ -136,8 +170,9 @@ def training_step_times() -> None:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     update_times()
+    metrics_times()
     training_step_times()
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax._envelope import strength_of
+from brelax_jax.sets import QuantizedSet
 from brelax_jax.sets._search import shift_of
-from brelax_jax.transforms._state import QuantizedLeaf, codes_of, quantized_leaves, shares
+from brelax_jax.transforms._state import QuantizedLeaf, codes_of, quantized_leaves
 
 
 class LeafMetrics(NamedTuple):
@@ -67,22 +68,28 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
 
 
 def _of_leaf(leaf: QuantizedLeaf) -> LeafMetrics:
+    codes = codes_of(leaf.qset, leaf.y, leaf.fit)
     return LeafMetrics(
         lam=leaf.state.lam,
         strength=strength_of(leaf.state.lam),
         distance=_relative_distance(leaf),
-        occupancy=_occupancy(leaf),
+        occupancy=_occupancy(leaf.qset, codes),
         scale=leaf.fit.scale,
-        flips=None if leaf.flips is None else jnp.mean(leaf.flips),
+        flips=None if leaf.codes is None else _share(leaf.qset, codes != leaf.codes),
     )
 
 
-def _occupancy(leaf: QuantizedLeaf) -> Array:
+def _share(qset: QuantizedSet, condition: Array) -> Array:
+    """The share of weights for which a condition holds."""
+    groups = qset.granularity.groups(condition.shape)
+    return jnp.mean(groups.group.mean(condition.astype(jnp.float32).reshape(groups.view)))
+
+
+def _occupancy(qset: QuantizedSet, codes: Array) -> Array:
     """The share of weights at each level; that of the last is what the others leave."""
-    codes = codes_of(leaf.qset, leaf.y, leaf.fit)
-    levels = jnp.asarray(_codes_of_levels(leaf.qset.levels), codes.dtype)
-    rest = lax.map(lambda level: jnp.mean(shares(leaf.qset, codes == level)), levels[:-1])
-    return jnp.append(rest, 1 - jnp.sum(rest))
+    levels = jnp.asarray(_codes_of_levels(qset.levels), codes.dtype)
+    shares = lax.map(lambda level: _share(qset, codes == level), levels[:-1])
+    return jnp.append(shares, 1 - jnp.sum(shares))
 
 
 def _codes_of_levels(levels: Sequence[float]) -> list[int]:

@@ -105,15 +105,16 @@ def test_without_tracking_there_are_no_flips_and_no_memory_for_them():
 
 def test_a_state_that_goes_on_from_other_params_has_their_codes():
     """Flips are counted from the replaced weights on."""
-    optimizer = brx.binary_connect(optax.sgd(0.0), brx.Ternary(), track_flips=True)
+    optimizer = brx.binary_connect(optax.sgd(1.0), brx.Ternary(), track_flips=True)
     params = {"kernel": jnp.array([[3.0, -1.0, 0.1, 2.0]])}
     other = jax.tree.map(lambda w: -w, params)
     state = optimizer.init(params)
     replaced = brx.with_float_params(state, other)
     assert float(read(replaced, other)["kernel"].flips) == 0
-    for start, flips in ((replaced, 0), (replaced._replace(codes=state.codes), 0.5)):
-        _, after = optimizer.update(other, start, other)
-        assert float(read(after, other)["kernel"].flips) == flips
+    assert float(read(replaced._replace(codes=state.codes), other)["kernel"].flips) == 0.5
+    grads = jax.tree.map(lambda w: 2 * w, other)  # back to where they were
+    _, after = optimizer.update(grads, replaced, other)
+    assert float(read(after, other)["kernel"].flips) == 0.5
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])

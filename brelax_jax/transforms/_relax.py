@@ -34,7 +34,6 @@ from brelax_jax.transforms._state import (
     check_same_params,
     codes_of,
     fit_leaf,
-    shares,
 )
 
 
@@ -71,8 +70,8 @@ def binary_relax(
       hard_from: the step count from which on the projection is exact; None for never. Set the
         learning rate of phase II beside it: it should be small.
       float_dtype: the least dtype of the float weights; wider params keep their own.
-      track_flips: whether the state keeps the codes, one int8 a weight, and in each group the share
-        of them that the last update changed, for `metrics`.
+      track_flips: whether the state keeps the codes before the last update, one int8 a weight, for
+        the share of flips in `metrics`.
 
     Returns:
       A transformation whose `update` needs `params` and forwards extra arguments to `base`. Edits
@@ -123,9 +122,6 @@ def binary_relax(
 
         return each(codes, params, tracked, floats, fits)
 
-    def flips_in(params: Any, codes: Any, last: Any) -> Any:
-        return each(lambda qset, _, now, last: shares(qset, now != last), params, codes, last)
-
     def init(params: optax.Params) -> BinaryRelaxState:
         selection.check(params)
 
@@ -137,13 +133,11 @@ def binary_relax(
         floats = map_with_path(float_copy, params)
         fits = _fits(floats, params)
         tracked = floats if track_flips else jax.tree.map(lambda _: optax.MaskedNode(), params)
-        codes = codes_in(params, tracked, floats, fits)
         return BinaryRelaxState(
             base_state=base.init(_filled(floats, params)),
             float_params=floats,
             fits=fits,
-            codes=codes,
-            flips=flips_in(params, codes, codes),
+            codes=codes_in(params, tracked, floats, fits),
             count=jnp.zeros((), jnp.int32),
             lam=jnp.zeros((), jnp.float32),
             landed=jnp.zeros((), jnp.int32),
@@ -162,12 +156,17 @@ def binary_relax(
                 "call update(grads, state, params)."
             )
         check_same_params(state, params)
+        codes, done = _first(
+            lambda floats: codes_in(params, state.codes, floats, state.fits),
+            state.float_params,
+            state.count,
+        )
         grads = _where_quantized(lambda y, g: g.astype(y.dtype), state.float_params, updates)
         base_updates, base_state = base.update(
             grads, state.base_state, _filled(state.float_params, params), **extra_args
         )
         floats = jax.tree.map(
-            lambda y, u: y if is_masked(y) else (y + u).astype(y.dtype),
+            lambda y, u: y if is_masked(y) else (y + jnp.where(done, u, 0)).astype(y.dtype),
             state.float_params,
             base_updates,
             is_leaf=is_masked,
@@ -188,13 +187,11 @@ def binary_relax(
         fits = each(held, params, fits, state.fits)
         steps = each(functools.partial(_step, pull), params, floats, fits)
         updates = _where_quantized(lambda step, _: step, steps, base_updates)
-        codes = codes_in(params, state.codes, floats, fits)
         return updates, BinaryRelaxState(
             base_state,
             floats,
             fits,
             codes,
-            flips_in(params, codes, state.codes),
             jnp.asarray(optax.safe_increment(state.count)),
             now,
             jnp.where(exact, jnp.minimum(state.landed + 1, LANDING), 0),
@@ -321,6 +318,28 @@ def _in_turn(largest: Array, fit: Callable[[Array], Fit], y: Array) -> Fit:
         return lax.cond(largest != -1, fit, lambda y: jax.tree.map(jnp.zeros_like, fit(y)), y)
 
     return lax.platform_dependent(largest, y, cpu=after, default=lambda _, y: fit(y))
+
+
+def _first(codes: Callable[[Any], Any], floats: Any, count: Array) -> tuple[Any, Array | bool]:
+    """codes(floats), and true, which on CPU is there only once they are.
+
+    XLA writes new float weights in the place of the old ones, and would copy these first, because
+    it does not see that their codes can be read before. That a count is never negative is what it
+    does not know.
+    """
+    if not jax.tree.leaves(jax.eval_shape(codes, floats)):
+        return codes(floats), True
+
+    def read(_: Array, floats: Any) -> tuple[Any, Array]:
+        return codes(floats), jnp.array(True)
+
+    def read_first(count: Array, floats: Any) -> tuple[Any, Array]:
+        def never(floats: Any) -> tuple[Any, Array]:
+            return jax.tree.map(jnp.zeros_like, codes(floats)), jnp.array(False)
+
+        return lax.cond(count >= 0, functools.partial(read, count), never, floats)
+
+    return lax.platform_dependent(count, floats, cpu=read_first, default=read)
 
 
 def _where(condition: Array, fit: Fit, other: Fit) -> Fit:

@@ -23,10 +23,8 @@ class BinaryRelaxState(NamedTuple):
       float_params: the float weights y; `optax.MaskedNode` in the place of leaves that are not
         quantized.
       fits: a `Fit` for each of them, the scale of each group; `optax.MaskedNode` elsewhere.
-      codes: int8, the codes of the float weights; `optax.MaskedNode` everywhere unless flips are
+      codes: int8, the codes before the last update; `optax.MaskedNode` everywhere unless flips are
         tracked.
-      flips: the share of codes in each group that the last update changed, of the scale's shape; as
-        `codes` where flips are not tracked.
       count: int32, updates so far.
       lam: float32, the λ with which the current params were made: 0 before the first update, ∞ in
         phase II.
@@ -38,7 +36,6 @@ class BinaryRelaxState(NamedTuple):
     float_params: Any
     fits: Any
     codes: Any
-    flips: Any
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     lam: Array
     landed: Array
@@ -53,13 +50,6 @@ def fit_leaf(qset: QuantizedSet, y: Array, p: Any) -> Fit:
 def codes_of(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
     """The codes of the float weights y, as the state keeps them."""
     return qset.codes(y, fit).astype(jnp.int8)
-
-
-def shares(qset: QuantizedSet, condition: Array) -> Array:
-    """For each group of a leaf, the share of weights for which a condition holds."""
-    groups = qset.granularity.groups(condition.shape)
-    share = groups.group.mean(condition.astype(jnp.float32).reshape(groups.view))
-    return share.reshape(groups.scale)
 
 
 def float_params(opt_state: Any, params: Tree) -> Tree:
@@ -170,7 +160,6 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
             float_params=floats,
             fits=jax.tree_util.tree_map_with_path(refitted, state.fits),
             codes=map_with_path(recoded, state.codes),
-            flips=jax.tree.map(jnp.zeros_like, state.flips),
             lam=jnp.zeros_like(state.lam),
             landed=jnp.zeros_like(state.landed),
         )
@@ -246,15 +235,14 @@ class QuantizedLeaf(NamedTuple):
       qset: the leaf's set.
       y: its float weights.
       fit: what places them on the set.
-      flips: in each group, the share of codes that the last update changed; None where flips are
-        not tracked.
+      codes: those before the last update; None where flips are not tracked.
     """
 
     state: BinaryRelaxState
     qset: QuantizedSet
     y: Array
     fit: Fit
-    flips: Array | None
+    codes: Array | None
 
 
 def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
@@ -270,10 +258,10 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
         for keys, part in jax.tree_util.tree_leaves_with_path(state.fits):
             leaf, field = fit_place(keys)
             parts.setdefault(leaf, {})[field] = part
-        flips = dict(leaves_with_paths(state.flips))
+        codes = dict(leaves_with_paths(state.codes))
         for path, y in leaves_with_paths(state.float_params):
             qset = state.selection.the_set_of(path, y)
-            found[path] = QuantizedLeaf(state, qset, y, Fit(**parts[path]), flips.get(path))
+            found[path] = QuantizedLeaf(state, qset, y, Fit(**parts[path]), codes.get(path))
     return found
 
 
