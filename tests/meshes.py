@@ -105,10 +105,10 @@ def updated(optimizer, grads, state, params):
     return optax.apply_updates(params, updates), state
 
 
-def trained(gradient, update, params, state):
+def trained(gradient, update, params, state, steps=STEPS):
     """(params, state) before the first step and after each."""
     yield params, state
-    for step in range(STEPS):
+    for step in range(steps):
         params, state = update(gradient(params, *batch(step)), state, params)
         yield params, state
 
