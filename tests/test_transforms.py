@@ -17,7 +17,6 @@ FORMS = {
     "wrapper": brx.binary_relax,
     "chain": lambda base, *args, **kwargs: optax.chain(base, brx.relax_params(*args, **kwargs)),
 }
-DTYPES = ("float32", "bfloat16", "float16")
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -243,48 +242,6 @@ def test_other_leaves_get_the_updates_of_the_base_bit_for_bit():
     for (a, _), (b, _) in zip(*traces, strict=True):
         np.testing.assert_array_equal(a["bias"], b["bias"])
         np.testing.assert_array_equal(a["half"], b["half"])
-
-
-@every_form
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes(form, dtype):
-    """Updates have the params' dtype; float weights at least float32, unless asked otherwise."""
-    params = {"kernel": normal(0, 4, 4, dtype=dtype)}
-    for float_dtype in ("float32", dtype):
-        optimizer = FORMS[form](optax.sgd(0.1), BINARY, 1.0, 3, float_dtype=float_dtype)
-        state = optimizer.init(params)
-        for _ in range(2):
-            updates, state = optimizer.update(params, state, params)
-            assert updates["kernel"].dtype == dtype
-            assert brx.float_params(state, params)["kernel"].dtype == float_dtype
-            assert brx.quantized_params(state, params)["kernel"].dtype == dtype
-
-
-def test_float64_params_keep_float64():
-    with jax.enable_x64(True):
-        params = {"kernel": normal(0, 4, 4, dtype="float64")}
-        optimizer = brx.binary_relax(optax.sgd(1e-12), BINARY, 0.0)
-        (after, state), *_ = trace_of(optimizer, params, [jax.tree.map(jnp.ones_like, params)])
-        assert brx.float_params(state, after)["kernel"].dtype == np.float64
-        np.testing.assert_allclose(params["kernel"] - after["kernel"], 1e-12, rtol=1e-3)
-
-
-@every_form
-def test_small_updates_accumulate_on_16_bit_params(form):
-    """A thousand updates of 1e-4 of the weight: bfloat16 alone would lose every one."""
-    params = {"kernel": jnp.ones((2, 2), "bfloat16")}
-    optimizer = FORMS[form](optax.sgd(1e-4), BINARY, 1.0)
-
-    def body(carry, _):
-        params, state = carry
-        grads = jax.tree.map(jnp.ones_like, params)
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    carry = (params, optimizer.init(params))
-    (params, state), _ = jax.lax.scan(body, carry, length=1000)
-    np.testing.assert_allclose(brx.float_params(state, params)["kernel"], 0.9, rtol=4e-3)
-    np.testing.assert_allclose(params["kernel"].astype("float32"), 0.9, rtol=1e-2)
 
 
 SPOILT = {
