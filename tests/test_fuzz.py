@@ -6,7 +6,7 @@ A drawn *program* (tree, sets, form, base, wrapper) is compiled once and run on 
 
 import collections
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
 import jax
@@ -70,11 +70,11 @@ class Leaf:
 
 
 @st.composite
-def leaves(draw):
-    shape = draw(st.sampled_from(SHAPES))
-    if draw(st.integers(0, 5)) == 5:
+def leaves(draw, on_set=False):
+    shape = draw(st.sampled_from(SHAPES[:-2] if on_set else SHAPES))
+    if not on_set and draw(st.integers(0, 5)) == 5:
         return Leaf(shape, draw(st.sampled_from(("int32", "bool"))), None)
-    qset = draw(st.none() | st.sampled_from(SETS))
+    qset = draw(st.sampled_from(SETS) if on_set else st.none() | st.sampled_from(SETS))
     if qset is not None:
         granularity = draw(st.sampled_from(granularities(shape)))
         qset = dataclasses.replace(qset, granularity=granularity)
@@ -126,6 +126,7 @@ class Program:
     one_set: brx.QuantizedSet | None
     fault: str | None
     has_hard_from: bool
+    track_flips: bool
 
     def __post_init__(self):
         if self.one_set is not None:
@@ -146,20 +147,38 @@ class Program:
     def rules(self):
         if self.one_set is not None:
             return self.one_set
-        rules = [(f"^{path}$", leaf.qset) for path, leaf in self.leaves().items()]
+        seen = self.quantized() if self.wrapper == "masked" else self.leaves()
+        rules = [(f"^{path}$", leaf.qset) for path, leaf in seen.items()]
         return brx.select(*FAULTS[self.fault], *rules)
 
     def optimizer(self, lam, hard_from):
         base, wrap = BASES[self.base], WRAPPERS[self.wrapper]
         hard_from = hard_from if self.has_hard_from else None
         if self.form == "relax_params":
-            inner = optax.chain(base, brx.relax_params(self.rules(), lam, hard_from))
+            link = brx.relax_params(self.rules(), lam, hard_from, track_flips=self.track_flips)
+            inner = optax.chain(base, link)
         elif self.form == "binary_relax":
-            inner = brx.binary_relax(base, self.rules(), lam, hard_from)
+            inner = brx.binary_relax(
+                base, self.rules(), lam, hard_from, track_flips=self.track_flips
+            )
         else:
-            inner = brx.binary_connect(base, self.rules())
+            inner = brx.binary_connect(base, self.rules(), track_flips=self.track_flips)
+        return wrap(inner, self.mask)
+
+    def mask(self, tree):
         on_set = self.quantized()
-        return wrap(inner, lambda tree: map_paths(lambda path, _: path in on_set, tree))
+        return map_paths(lambda path, _: path in on_set, tree)
+
+    def base_alone(self):
+        """What moves the float weights, under the same wrapper."""
+        return WRAPPERS[self.wrapper](BASES[self.base], self.mask)
+
+    def moves_as_base_alone(self, leaf):
+        """Not where decay acts on the params, or gradients are rounded first."""
+        wide = leaf.dtype == "float32"
+        if self.form == "relax_params":
+            return wide and self.base != "adamw"
+        return wide or self.wrapper != "MultiSteps"
 
 
 FAULTS = {
@@ -189,7 +208,9 @@ def map_paths(function, tree):
 
 @st.composite
 def programs(draw):
-    tree = draw(st.recursive(leaves(), containers, max_leaves=4))
+    rest = st.recursive(leaves(), containers, max_leaves=3)
+    together = draw(st.sampled_from((Layer, Pair, lambda *parts: parts, lambda *parts: [*parts])))
+    tree = together(draw(leaves(on_set=True)), draw(rest))
     program = Program(
         tree,
         draw(st.sampled_from(FORMS)),
@@ -198,7 +219,11 @@ def programs(draw):
         draw(st.none() | st.none() | st.sampled_from(SETS)),
         None,
         draw(st.booleans()),
+        draw(st.booleans()),
     )
+    if program.one_set is None and draw(st.integers(0, 7)) == 7:
+        program.fault = draw(st.sampled_from([fault for fault in FAULTS if fault]))
+        program.wrapper = "none"
     kinds = {leaf.dtype for leaf in program.leaves().values()}
     # Adam and momentum alone refuse, or turn to floats, what is not floating.
     if kinds & {"int32", "bool"} and program.wrapper != "masked":
@@ -230,22 +255,27 @@ def compiled(program):
         def lam(count):
             return lams[jnp.clip(count - first, 0, STEPS - 1)]
 
-        optimizer = program.optimizer(lam, hard_from)
+        optimizer, alone = program.optimizer(lam, hard_from), program.base_alone()
 
         def step(carry, grads):
-            params, state = carry
+            params, state, free, free_state = carry
             updates, after = optimizer.update(grads, state, params)
             new = optax.apply_updates(params, updates)
-            assert jax.tree.structure((new, after)) == jax.tree.structure(carry)
-            assert kinds((new, after)) == kinds(carry)
+            assert jax.tree.structure((new, after)) == jax.tree.structure((params, state))
+            assert kinds((new, after)) == kinds((params, state))
+            grads = jax.tree.map(lambda g, y: g.astype(y.dtype), grads, free)
+            updates, free_state = alone.update(grads, free_state, free)
+            free = optax.apply_updates(free, updates)
             read = (brx.quantized_params(after, new), brx.float_params(after, new))
             assert jax.tree.structure(read[0]) == jax.tree.structure(params)
             assert kinds(read[0]) == kinds(params)
             assert kinds(brx.with_float_params(after, new)) == kinds(after)
-            return (new, after), (new, *read, brx.strength(after))
+            left = (new, *read, free, brx.strength(after), brx.metrics(after, new))
+            return (new, after, free, free_state), left
 
         start = with_count(optimizer.init(params), first)
-        return jax.lax.scan(step, (params, start), grads, STEPS)[1]
+        free = brx.float_params(start, params)
+        return jax.lax.scan(step, (params, start, free, alone.init(free)), grads, STEPS)[1]
 
     return run
 
@@ -344,66 +374,115 @@ def grouped(x, granularity):
     return x.transpose(0, *(a + 1 for a in (*kept, *rest))).reshape(len(x), groups, -1)
 
 
-def strengths(program, values):
-    """α after each step, and whether the params must be exact then."""
-    every = 2 if program.wrapper == "MultiSteps" else 1
-    alpha, promised = np.zeros(STEPS), np.zeros(STEPS, bool)
-    in_a_row, by_count = 0, False
+class Wanted(NamedTuple):
+    """Of each step: α, whether the params must be exact, and whether they are plainly relaxed."""
+
+    alpha: np.ndarray
+    exact: np.ndarray
+    relaxed: np.ndarray
+
+
+def wanted_of(program, values, finite):
+    """`finite` says of each step whether all its gradients are."""
+    wanted = Wanted(np.zeros(STEPS), np.zeros(STEPS, bool), np.zeros(STEPS, bool))
+    done, in_a_row, by_count = 0, 0, False  # updates of ours so far, those at α = 1 in a row
     for t in range(STEPS):
-        if (t + 1) % every:  # gradients are only added up
-            alpha[t], promised[t] = (alpha[t - 1], promised[t - 1]) if t else (0, False)
+        adds_up = program.wrapper == "MultiSteps" and t % 2 == 0
+        if adds_up or (program.wrapper == "apply_if_finite" and not finite[t]):
+            for of_step in wanted:
+                of_step[t] = of_step[t - 1] if t else 0
             continue
-        done = t // every  # updates before this one
-        count = min(values.first + done, LAST)
-        hard = program.has_hard_from and count >= values.hard_from
-        lam = np.inf if hard else values.lams[count - values.first]
-        if program.form == "binary_connect":
-            lam, hard = np.inf, False
+        count, connect = min(values.first + done, LAST), program.form == "binary_connect"
+        by_phase = program.has_hard_from and not connect
+        hard = by_phase and count >= values.hard_from
+        lam = np.inf if hard or connect else values.lams[count - values.first]
         with np.errstate(divide="ignore", over="ignore"):
-            alpha[t] = 1 / (1 + 1 / np.float32(lam))
-        in_a_row = in_a_row + 1 if alpha[t] == 1 else 0
+            wanted.alpha[t] = 1 / (1 + 1 / np.float32(lam))
+        in_a_row = in_a_row + 1 if wanted.alpha[t] == 1 else 0
         if in_a_row == 1:
             by_count = hard and done >= 8
-        promised[t] = in_a_row > 2 or (by_count and in_a_row > 0)
-    return alpha, promised
+        wanted.exact[t] = in_a_row > 2 or (by_count and in_a_row > 0)
+        near = by_phase and count >= values.hard_from - 8
+        wanted.relaxed[t] = wanted.alpha[t] < 1 and not near
+        done += 1
+    return wanted
 
 
 def check_values(program, run, values):
     arguments = values.arguments(program)
-    params, quantized, floats, alpha = jax.tree.map(np.asarray, run(*arguments))
-    wanted, promised = strengths(program, values)
-    np.testing.assert_allclose(alpha, wanted, rtol=1e-6, atol=1e-37)
-    trees = [by_path(tree) for tree in (*arguments[:2], params, quantized, floats)]
+    *trees, alpha, metrics = jax.tree.map(np.asarray, run(*arguments))
+    grads = [np.asarray(grad, np.float64) for grad in jax.tree.leaves(arguments[1])]
+    finite = [all(np.isfinite(grad[t]).all() for grad in grads) for t in range(STEPS)]
+    wanted = wanted_of(program, values, finite)
+    np.testing.assert_allclose(alpha, wanted.alpha, rtol=1e-6, atol=1e-37)
+    trees = [by_path(tree) for tree in (*arguments[:2], *trees)]
+    assert set(metrics) == set(program.quantized())
     for path, leaf in program.leaves().items():
-        start, grads, *traces = (np.asarray(tree[path]) for tree in trees)
-        given = [start[None].astype(traces[2].dtype), traces[2]]
-        if program.wrapper == "MultiSteps":  # adds 0·update to the params before the second step
+        start, grads, p, q, y, free = (np.asarray(tree[path]) for tree in trees)
+        adds_zero_updates = program.wrapper == "MultiSteps"  # 0·∞ before the second step is NaN
+        if program.moves_as_base_alone(leaf) and (
+            np.isfinite(grads).all() or not adds_zero_updates
+        ):
+            check_equal_moves(y, free)
+        if path not in program.quantized():
+            assert np.array_equal(bits(p), bits(q))
+            continue
+        given = [start[None].astype(y.dtype), y]
+        if adds_zero_updates:
             given.append(grads)
-        if path in program.quantized():
-            check_leaf(leaf, given, traces, promised)
-        else:
-            for trace in traces[1:]:
-                np.testing.assert_array_equal(bits(trace), bits(traces[0]))
+        good = good_groups(leaf, given)
+        check_leaf(leaf, start, (p, q, y), good, wanted)
+        plain = good.all(axis=1) & wanted.relaxed  # where no scale is held back
+        check_metrics(leaf, metrics[path], plain, program.track_flips)
 
 
-def check_leaf(leaf, given, traces, promised):
-    """`given` are values that make groups good for nothing from where they are not finite."""
-    granularity, info = leaf.qset.granularity, jnp.finfo(leaf.dtype)
-    p, q = (grouped(trace, granularity) for trace in traces[:2])
-    # Groups without NaN or infinity so far, and with room for a scale and a difference.
-    good = np.ones((STEPS, p.shape[1]), bool)
+def check_equal_moves(y, free):
+    """The same weights, and NaN and infinity in the same places."""
+    y, free = y.astype(np.float64), free.astype(np.float64)
+    largest = np.max(np.abs(free), where=np.isfinite(free), initial=0)
+    np.testing.assert_allclose(y, free, rtol=1e-4, atol=1e-5 * largest + 2e-38)
+
+
+def good_groups(leaf, given):
+    """(steps, groups): no NaN or infinity so far, and room for a scale and a difference."""
+    room = float(jnp.finfo(leaf.dtype).max) / 16
+    good = np.ones((STEPS, 1), bool)
     for x in given:
-        small = np.abs(grouped(x, granularity).astype(np.float64)) < float(info.max) / 16
-        good &= np.logical_and.accumulate(small.all(-1))
-    p64, q64 = (np.where(good[..., None], x.astype(np.float64), 0) for x in (p, q))
-    assert np.isfinite(p64).all(), "params that are not finite, where the float weights are"
-    assert np.isfinite(q64).all(), "quantized params that are not finite"
-    distinct = distinct_values(q64)
-    assert (distinct <= len(leaf.qset.levels)).all(), "too many values in quantized params"
+        small = np.abs(grouped(x, leaf.qset.granularity).astype(np.float64)) < room
+        good = good & np.logical_and.accumulate(small.all(-1))
+    return good
+
+
+def check_leaf(leaf, start, trace, good, wanted):
+    bits_of = [bits(grouped(x, leaf.qset.granularity)) for x in trace[:2]]
+    p, q, y = (grouped(x, leaf.qset.granularity).astype(np.float64) for x in trace)
+    p, q, y = (np.where(good[..., None], x, 0) for x in (p, q, y))
+    assert np.isfinite(p).all(), "params that are not finite, where the float weights are"
+    assert np.isfinite(q).all(), "quantized params that are not finite"
+    assert (distinct_values(q) <= len(leaf.qset.levels)).all(), "too many quantized values"
     if not (leaf.dtype == "bfloat16" and leaf.qset.levels[-1] > 31):
-        exact = good & promised[:, None]
-        wrong = exact & (bits(p) != bits(q)).any(-1)
+        wrong = good & wanted.exact[:, None] & (bits_of[0] != bits_of[1]).any(-1)
         assert not wrong.any(), f"not the quantized params: step, group {np.argwhere(wrong)[:3]}"
+    info = jnp.finfo(leaf.dtype)
+    before = grouped(start[None], leaf.qset.granularity).astype(np.float64)
+    sizes = np.maximum(np.abs(np.concatenate([before, p[:-1]])), np.abs(q) + np.abs(y))
+    allowed = (4 * float(info.eps) + 1e-5) * sizes.max(-1, keepdims=True) + 2 * float(info.tiny)
+    alpha = wanted.alpha[:, None, None]
+    far = np.abs(p - (1 - alpha) * y - alpha * q) > allowed
+    wrong = far.any(-1) & good & wanted.relaxed[:, None]
+    assert not wrong.any(), f"not (1 − α)·y + α·proj(y): step, group {np.argwhere(wrong)[:3]}"
+
+
+def check_metrics(leaf, metrics, good, track_flips):
+    """Numbers that are what they say wherever the leaf is good."""
+    assert (metrics.flips is not None) == track_flips
+    assert metrics.occupancy.shape == (STEPS, len(leaf.qset.levels))
+    shares = [metrics.occupancy, *([metrics.flips[:, None]] if track_flips else [])]
+    for share in (*shares, metrics.distance[:, None]):
+        assert ((share[good] >= -1e-6) & (share[good] <= 1 + 1e-5)).all()
+    np.testing.assert_allclose(metrics.occupancy[good].sum(-1), 1, rtol=1e-5)
+    assert np.isfinite(metrics.scale[good]).all()
+    assert (metrics.scale[good] >= 0).all()
 
 
 def distinct_values(x):
@@ -417,19 +496,24 @@ def by_path(tree):
     }
 
 
-def check(cases, seed):
-    """Draws one program an example, and values for it `cases` times."""
-
-    def one(data):
-        program = data.draw(programs(), label="program")
-        run = compiled(program)
-        for _ in range(cases):
-            check_values(program, run, data.draw(values(program), label="values"))
-
-    return one
+def check_fault(program):
+    """`init` refuses what `select` documents, and nothing else."""
+    leaves = program.leaves().values()
+    whole = [leaf for leaf in leaves if 0 not in leaf.shape]
+    odd = [leaf for leaf in whole if leaf.dtype in ("int32", "bool")]
+    refused = {"nothing matches": leaves, "no such axis": whole, "not floating": odd}
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.tree)
+    init = program.optimizer(1.0, 3).init
+    if refused[program.fault]:
+        with pytest.raises(ValueError, match=r"matches no leaf|out of range|Only floating leaves"):
+            jax.eval_shape(init, tree)
+    else:
+        jax.eval_shape(init, tree)
 
 
 def fuzz(examples, cases, seed=0, phases=tuple(hypothesis.Phase)):
+    """Draws programs, and values for each `cases` times."""
+
     @hypothesis.seed(seed)
     @hypothesis.settings(
         max_examples=examples,
@@ -440,13 +524,26 @@ def fuzz(examples, cases, seed=0, phases=tuple(hypothesis.Phase)):
     )
     @hypothesis.given(st.data())
     def run(data):
-        check(cases, seed)(data)
+        program = data.draw(programs(), label="program")
+        if program.fault:
+            check_fault(program)
+            return
+        run = compiled(program)
+        for _ in range(cases):
+            check_values(program, run, data.draw(values(program), label="values"))
 
     run()
 
 
 def test_any_program_on_any_values():
-    fuzz(examples=8, cases=30)
+    fuzz(examples=12, cases=20)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(1, 26))
+def test_many_programs_on_many_values(seed):
+    """25 × 16 × 25 = 10,000 cases."""
+    fuzz(examples=16, cases=25, seed=seed)
 
 
 @pytest.mark.parametrize("never", [2**31, 2**40, np.int64(2**40), 1e12, np.float64(1e300), np.inf])

@@ -3,6 +3,7 @@
 Compilation dominates, so one program of a transformation serves a leaf for each set.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import core, struct
 
 import brelax_jax as brx
 
@@ -20,6 +22,15 @@ TRANSFORMATIONS = {
     "binary_relax": lambda qset: brx.binary_relax(optax.sgd(0.1, 0.9), qset, 1.0, HARD_FROM),
     "relax_params": lambda qset: brx.relax_params(qset, lambda count: 1.0 + count, HARD_FROM),
     "binary_connect": lambda qset: brx.binary_connect(optax.adam(0.1), qset),
+    "with flips": lambda qset: brx.binary_relax(
+        optax.sgd(0.1, 0.9), qset, 1.0, HARD_FROM, track_flips=True
+    ),
+}
+# The same from any base, that extra arguments may be shown to reach it.
+FROM_BASE = {
+    "binary_relax": lambda base, qset: brx.binary_relax(base, qset, 0.0),
+    "relax_params": lambda base, qset: optax.chain(base, brx.relax_params(qset, 0.0)),
+    "binary_connect": brx.binary_connect,
 }
 SETS = {
     "Binary": brx.Binary(granularity=brx.PerChannel()),
@@ -153,6 +164,18 @@ class Layer:
 jax.tree_util.register_dataclass(Layer, ["kernel", "bias"], [])
 
 
+@struct.dataclass
+class StructLayer:
+    """Flax's kind of pytree, with a field that is none of its leaves."""
+
+    kernel: jax.Array
+    bias: jax.Array
+    name: str = struct.field(pytree_node=False, default="dense")
+
+
+Pair = collections.namedtuple("Pair", ["kernel", "bias"])
+
+
 def spec(shape=SHAPE, dtype="float32"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -169,12 +192,26 @@ TREES = {
     "an empty leaf": {"a": spec((0, 3)), "b": spec((3, 0)), "c": spec()},
     "bfloat16": {"a": spec(dtype="bfloat16"), "b": spec()},
     "float16": {"a": spec(dtype="float16"), "bias": spec(dtype="float16")},
+    "flax.struct": {"a": StructLayer(spec(), spec((3,)))},
+    "namedtuple": (Pair(spec(), spec((3,))),),
+    "a frozen dict": core.freeze({"a": {"kernel": spec()}}),
 }
 
 
 def kinds(tree):
     """What scan and donation need to stay as it is."""
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def check_metrics_shapes(after, tree, tracks):
+    """Every number there is, at each quantized leaf; flips where they are asked for."""
+    float_shapes = jax.tree.leaves(jax.eval_shape(brx.float_params, after, tree))
+    metrics = jax.eval_shape(brx.metrics, after, tree)
+    assert len(metrics) <= len(float_shapes)
+    for leaf in metrics.values():
+        assert leaf.lam.shape == leaf.strength.shape == leaf.distance.shape == ()
+        assert leaf.occupancy.ndim == 1
+        assert (leaf.flips is not None) == tracks
 
 
 def check_shapes(name, qset, tree):
@@ -188,12 +225,15 @@ def check_shapes(name, qset, tree):
     floats = jax.eval_shape(brx.float_params, after, tree)
     chex.assert_trees_all_equal_shapes(floats, tree)
     assert kinds(jax.eval_shape(brx.with_float_params, after, tree)) == kinds(state)
+    check_metrics_shapes(after, tree, name == "with flips")
 
 
 @every_transformation
-@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("tree", TREES)
 def test_every_tree(name, tree):
-    check_shapes(name, "Binary", tree)
+    """The sets take turns: tracing all of them would take minutes."""
+    turn = list(TREES).index(tree) + list(TRANSFORMATIONS).index(name)
+    check_shapes(name, list(SETS)[turn % len(SETS)], TREES[tree])
 
 
 @every_transformation
@@ -230,3 +270,15 @@ def test_it_is_a_transformation_with_extra_arguments(name):
     plain = jax.eval_shape(optimizer.update, params, state, params)
     extra = jax.eval_shape(lambda *args: optimizer.update(*args, value=1.0), params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(plain, extra)
+
+
+@pytest.mark.parametrize("name", FROM_BASE)
+@every_set
+def test_extra_arguments_reach_the_base(name, qset):
+    """Polyak's step size is the loss by the squared norm of the gradients."""
+    optimizer = FROM_BASE[name](optax.polyak_sgd(max_learning_rate=10.0), SETS[qset])
+    params, grads = {"kernel": jnp.eye(2)}, {"kernel": jnp.ones((2, 2))}
+    update = jax.jit(lambda state: optimizer.update(grads, state, params, value=2.0))
+    _, state = update(optimizer.init(params))
+    floats = brx.float_params(state, params)["kernel"]
+    np.testing.assert_allclose(floats, jnp.eye(2) - 2.0 / 4, rtol=1e-5)
