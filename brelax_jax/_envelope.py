@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from brelax_jax.sets import QuantizedSet, compute_dtype
+from brelax_jax.sets import Group, QuantizedSet, compute_dtype
 from brelax_jax.sets._search import shift_of
 
 
@@ -42,14 +42,17 @@ def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     Array(1.4142, dtype=float32)
     """
     residual = _residual(w, qset)
-    group = qset.granularity.groups(residual.shape).whole
-    largest = group.max(jax.lax.stop_gradient(jnp.abs(residual)), initial=0)
+    return norm(residual, qset.granularity.groups(residual.shape).whole)
+
+
+def norm(x: Array, whole: Group) -> Array:
+    """‖x‖₂ of a whole array, whose squares may overflow; its gradient at 0 is 0."""
+    largest = whole.max(jax.lax.stop_gradient(jnp.abs(x)), initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     shift = shift_of(unit)
-    square = group.sum(jnp.square((residual * shift) / (unit * shift)))
-    on_set = square == 0
-    norm = unit * jnp.where(on_set, 0, jnp.sqrt(jnp.where(on_set, 1, square)))
-    return norm.reshape(())
+    square = whole.sum(jnp.square((x * shift) / (unit * shift)))
+    zero = square == 0
+    return (unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))).reshape(())
 
 
 def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from brelax_jax._envelope import strength_of
+from brelax_jax._envelope import norm, strength_of
 from brelax_jax.sets import QuantizedSet
-from brelax_jax.sets._search import shift_of
 from brelax_jax.transforms._state import QuantizedLeaf, codes_of, quantized_leaves
 
 
@@ -18,7 +17,8 @@ class LeafMetrics(NamedTuple):
     Attributes:
       lam: float32 scalar, the λ of the last update: 0 before the first one, ∞ in phase II.
       strength: float32 scalar, α = λ/(λ + 1).
-      distance: scalar, ‖y − proj_Q(y)‖/‖y‖ of the float weights y: from 0, on the set, to 1.
+      distance: scalar, ‖y − proj_Q(y)‖/‖y‖ of the float weights y: from 0, on the set, to 1; more
+        only while a scale that jumped is held back.
       occupancy: for each of the set's `levels`, the share of weights that are nearest to it.
       scale: the scale of each group, of the weight's rank.
       flips: scalar, the share of weights whose level the last update changed (for `Binary`, whose
@@ -46,8 +46,8 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
       params: the params that it belongs to.
 
     Returns:
-      `LeafMetrics` by the '/'-joined path of the leaf. In `shard_map` they are of the scale groups
-      that this shard has a part of.
+      `LeafMetrics` by the '/'-joined path of the leaf. Inside `shard_map` they are of the scale
+      groups of which this device holds a part; call it outside, on whole arrays, for all of them.
 
     Raises:
       ValueError: if `opt_state` holds no such state, or one of other params.
@@ -81,8 +81,8 @@ def _of_leaf(leaf: QuantizedLeaf) -> LeafMetrics:
 
 def _share(qset: QuantizedSet, condition: Array) -> Array:
     """The share of weights for which a condition holds."""
-    groups = qset.granularity.groups(condition.shape)
-    return jnp.mean(groups.group.mean(condition.astype(jnp.float32).reshape(groups.view)))
+    whole = qset.granularity.groups(condition.shape).whole
+    return whole.mean(condition.astype(jnp.float32)).reshape(())
 
 
 def _occupancy(qset: QuantizedSet, codes: Array) -> Array:
@@ -100,21 +100,14 @@ def _codes_of_levels(levels: Sequence[float]) -> list[int]:
 
 
 def _relative_distance(leaf: QuantizedLeaf) -> Array:
-    """‖y − proj(y)‖/‖y‖; where the plain squares overflow or vanish, in units of the scale."""
-    groups = leaf.qset.granularity.groups(leaf.y.shape)
-    q = leaf.qset.place(leaf.y, leaf.fit)
+    """‖y − proj(y)‖/‖y‖, by plain squares where these neither overflow nor vanish."""
+    whole = leaf.qset.granularity.groups(leaf.y.shape).whole
+    residual = leaf.y - leaf.qset.place(leaf.y, leaf.fit)
+    far, length = (whole.sum(jnp.square(x)).reshape(()) for x in (residual, leaf.y))
 
-    def norm(x: Array) -> Array:
-        return jnp.sqrt(jnp.sum(groups.group.sum(jnp.square(x).reshape(groups.view))))
+    def careful() -> Array:
+        far, length = norm(residual, whole), norm(leaf.y, whole)
+        return jnp.where(length == 0, 0, far / jnp.where(length == 0, 1, length))
 
-    def scaled() -> Array:
-        largest = jnp.max(leaf.fit.scale)
-        unit = jnp.where(largest > 0, largest, 1)
-        shift = shift_of(unit)
-        y, residual = ((x * shift) / (unit * shift) for x in (leaf.y, leaf.y - q))
-        whole = norm(y)
-        return jnp.where(whole == 0, 0, norm(residual) / jnp.where(whole == 0, 1, whole))
-
-    far, whole = norm(leaf.y - q), norm(leaf.y)
-    normal = (whole > 1e-15) & (whole < 1e15)
-    return lax.cond(normal, lambda: far / whole, scaled)
+    plain = (length > 1e-25) & (length < 1e30) & (far < 1e30)
+    return lax.cond(plain, lambda: jnp.sqrt(far / length), careful)

@@ -432,8 +432,7 @@ def check_values(program, run, values):
             given.append(grads)
         good = good_groups(leaf, given)
         check_leaf(leaf, start, (p, q, y), good, wanted)
-        plain = good.all(axis=1) & wanted.relaxed  # where no scale is held back
-        check_metrics(leaf, metrics[path], plain, program.track_flips)
+        check_metrics(leaf, metrics[path], good.all(axis=1), wanted, program.track_flips)
 
 
 def check_equal_moves(y, free):
@@ -473,13 +472,15 @@ def check_leaf(leaf, start, trace, good, wanted):
     assert not wrong.any(), f"not (1 − α)·y + α·proj(y): step, group {np.argwhere(wrong)[:3]}"
 
 
-def check_metrics(leaf, metrics, good, track_flips):
+def check_metrics(leaf, metrics, good, wanted, track_flips):
     """Numbers that are what they say wherever the leaf is good."""
     assert (metrics.flips is not None) == track_flips
     assert metrics.occupancy.shape == (STEPS, len(leaf.qset.levels))
-    shares = [metrics.occupancy, *([metrics.flips[:, None]] if track_flips else [])]
-    for share in (*shares, metrics.distance[:, None]):
-        assert ((share[good] >= -1e-6) & (share[good] <= 1 + 1e-5)).all()
+    assert (metrics.distance[good] >= 0).all()
+    near = metrics.distance[good & wanted.relaxed, None]  # where no scale is held back
+    shares = [metrics.occupancy[good], *([metrics.flips[good, None]] if track_flips else [])]
+    for share in (*shares, near):
+        assert ((share >= -1e-6) & (share <= 1 + 1e-5)).all()
     np.testing.assert_allclose(metrics.occupancy[good].sum(-1), 1, rtol=1e-5)
     assert np.isfinite(metrics.scale[good]).all()
     assert (metrics.scale[good] >= 0).all()

@@ -127,6 +127,18 @@ def test_the_distance_does_not_depend_on_the_size_of_the_weights(size):
     assert 0.3 < wanted < 0.6
 
 
+def test_the_distance_where_a_scale_is_held_back():
+    """A jump from 1e-30 to 1e30 takes several updates: meanwhile the set is far away."""
+    params = {"kernel": jnp.full((2, 2), 1e-30)}
+    optimizer = brx.binary_connect(optax.sgd(1.0), brx.Binary())
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for step, size in enumerate([*[1e-30] * 3, *[1e30] * 2]):
+        grads = jax.tree.map(lambda y, size=size: y - size, brx.float_params(state, params))
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(read(state, params)["kernel"].distance, step > 2, atol=1e-5)
+
+
 def test_zeros_are_on_the_set_and_what_is_not_finite_shows():
     for value, wanted in ((0.0, 0.0), (2.0, 0.0), (np.nan, np.nan), (np.inf, np.nan)):
         params = {"kernel": jnp.full((4, 4), value)}
