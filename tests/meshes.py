@@ -66,7 +66,9 @@ STEPS = 6
 def relaxation(sets=SETS):
     """Three steps of phase I, then phase II."""
     base = optax.sgd(0.1, momentum=0.9)
-    return brx.binary_relax(base, rules(sets), lambda count: 1.0 + count, hard_from=3)
+    return brx.binary_relax(
+        base, rules(sets), lambda count: 1.0 + count, hard_from=3, track_flips=True
+    )
 
 
 def rules(sets):

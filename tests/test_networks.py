@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import core, linen, nnx
+from flax import linen, nnx
 from flax.training import train_state
 
 import brelax_jax as brx

@@ -115,6 +115,20 @@ else:
         meshes.assert_same(state, alone[-1][1], rtol=1e-4)
         jax.tree.map(np.testing.assert_array_equal, params, brx.quantized_params(state, params))
 
+    def test_metrics_are_those_of_one_device_and_move_no_weights(mesh):
+        params = meshes.put(meshes.network(), meshes.SPECS, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, (params, meshes.relaxation().init(params)))
+        expected = meshes.on_one_device()[-1]
+        params, state = jax.device_put(expected, shardings)
+        metrics = jax.jit(brx.metrics).lower(state, params).compile()
+        assert not meshes.MOVES.findall(metrics.as_text())
+        found, wanted = metrics(state, params), jax.jit(brx.metrics)(expected[1], expected[0])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, wanted)
+        assert any(leaf.flips > 0 for leaf in found.values())
+        for name in meshes.SETS:
+            codes = state.codes[name]["kernel"].sharding
+            assert codes.is_equivalent_to(params[name]["kernel"].sharding, 2)
+
     def assert_inherited(state, params):
         """The momentum, the float weights and the scales lie as the params do."""
         momentum = state.base_state[0].trace
@@ -123,9 +137,8 @@ else:
                 sharding = tree[name]["kernel"].sharding
                 assert sharding.is_equivalent_to(NamedSharding(sharding.mesh, spec["kernel"]), 2)
             scale = state.fits[name]["kernel"].scale
-            spread = [
-                n if size > 1 else None for n, size in zip(spec["kernel"], scale.shape, strict=True)
-            ]
+            names = (*spec["kernel"], None, None)
+            spread = [n if size > 1 else None for n, size in zip(names, scale.shape, strict=False)]
             wanted = NamedSharding(scale.sharding.mesh, P(*spread))
             assert scale.sharding.is_equivalent_to(wanted, 2), (name, scale.sharding)
 
