@@ -48,4 +48,4 @@ def scalars(line: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{name}/{layer}", values[name]
             if len(values["levels"]) <= MOST_LEVELS:
                 for level, share in zip(values["levels"], values["occupancy"], strict=True):
-                    yield f"occupancy/{layer}/{level:+g}", share
+                    yield f"occupancy/{layer}/{level:g}", share

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
-from examples import cli, data, demo, plots, report, train
+from examples import cli, data, demo, events, plots, report, train
 from examples.checkpoints import Checkpoints
 from examples.config import PRESETS, Config
 from examples.log import Log, read
-from examples.loop import deployed, run
+from examples.loop import deployed, layer_metrics, run
 from examples.models import MODELS, make_model
 from examples.progress import Progress
 from examples.quantization import continuation, layer_sets, learning_rate, parse_set
@@ -120,7 +121,11 @@ def test_words_that_name_no_set(word, granularity, message):
 
 
 @pytest.mark.parametrize(
-    "option", ["--validation=1", "--epochs=0", "--hard-from=99", "--lam-start=0", "--lr-drops=3"]
+    "option",
+    [
+        *("--validation=1", "--epochs=0", "--hard-from=99", "--lam-start=0", "--lr-drops=3"),
+        *("--metrics-every=-1", "--mesh=4"),
+    ],
 )
 def test_numbers_out_of_range_are_refused(option, capsys):
     with pytest.raises(SystemExit):
@@ -205,6 +210,54 @@ def test_deployed_params_are_projected_and_have_statistics_of_their_own(digits, 
     assert not np.allclose(
         statistics["BatchNorm_2"]["mean"], state.batch_stats["BatchNorm_2"]["mean"], rtol=0.05
     )
+
+
+def test_metrics_are_of_the_layers_that_the_run_ended_with(digits, relaxed_run):
+    lines = [line for line in read(Log(relaxed_run.directory).path) if line["kind"] == "metrics"]
+    trainer = Trainer(relaxed_run, digits)
+    assert [line["step"] for line in lines] == [4, 8, 12, 16]  # once an epoch, unless told
+    _, state = Checkpoints(relaxed_run.directory).restore(trainer.abstract_state(), relaxed_run)
+    floats = report.leaves(brx.float_params(state.opt_state, state.params))
+    assert len(lines[-1]["layers"]) == 4
+    for path, values in lines[-1]["layers"].items():
+        y, q = np.asarray(floats[path]), np.asarray(report.leaves(state.params)[path])
+        positive = np.mean(q > 0)
+        assert values["levels"] == [-1, 1]
+        np.testing.assert_allclose(values["occupancy"], [1 - positive, positive], rtol=1e-5)
+        np.testing.assert_allclose(values["scale"], q.max(), rtol=1e-5)
+        np.testing.assert_allclose(
+            values["distance"], np.linalg.norm(y - q) / np.linalg.norm(y), rtol=1e-4
+        )
+        assert (values["lam"], values["strength"]) == ("inf", 1)
+
+
+def test_flips_are_the_signs_that_a_step_changes(digits, tmp_path):
+    config = dataclasses.replace(TINY, metrics_every=1, out=str(tmp_path), lr=1.0)
+    trainer = Trainer(config, digits)
+    state = trainer.init()
+    for batch in [*trainer.batches(1)][:3]:
+        before = report.leaves(brx.float_params(state.opt_state, state.params))
+        before = {path: np.array(y) >= 0 for path, y in before.items()}
+        state, _ = trainer.step(state, batch.images, batch.labels)
+    after = report.leaves(brx.float_params(state.opt_state, state.params))
+    layers = layer_metrics(trainer, state)
+    shares = {path: np.mean((np.array(after[path]) >= 0) != before[path]) for path in layers}
+    assert min(shares.values()) > 0
+    assert {path: values["flips"] for path, values in layers.items()} == pytest.approx(shares)
+
+
+def test_without_metrics_nothing_is_tracked_or_drawn(digits, float_run, relaxed_run, tmp_path):
+    def bytes_of(**changes):
+        state = Trainer(dataclasses.replace(relaxed_run, **changes), digits).abstract_state()
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    kernels = 144 + 4608 + 9216 + 18432
+    tracked = bytes_of() - bytes_of(metrics_every=0)
+    assert tracked == pytest.approx(kernels, rel=1e-3)  # a byte a weight
+    assert not dataclasses.replace(TINY, metrics_every=0).metrics_due(8, steps_per_epoch=4)
+    assert plots.plot_metrics(float_run, tmp_path / "metrics.png") is None
+    assert not (tmp_path / "metrics.png").exists()
+    assert not list(Path(relaxed_run.directory).glob(events.FILES))  # nor asked for
 
 
 def test_evaluation_counts_each_image_once(digits):
@@ -298,7 +351,8 @@ def test_the_program_and_its_pictures(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "stem/kernel" in printed
     assert "deployed" in printed
-    assert (tmp_path / "run" / "run.png").stat().st_size > 10_000
+    for picture in ("run.png", "metrics.png"):
+        assert (tmp_path / "run" / picture).stat().st_size > 10_000
     assert train.main([*options, "--out", out]) == 2
     assert "--resume" in capsys.readouterr().err
 

@@ -215,6 +215,28 @@ def test_killed_while_the_oldest_checkpoint_was_removed(start, uninterrupted, tr
     check_same(settled(config.out, start, "--resume"), uninterrupted, trainer)
 
 
+def test_tensorboard_shows_what_was_logged(uninterrupted):
+    """Of the lines before and after a resume alike: the file is made from the log."""
+    lines, found = read(Log(uninterrupted.out).path), points(uninterrupted)
+    expected = {}
+    for line in lines:
+        if line["kind"] == "epoch":
+            for tag in ("loss", "learning_rate", "lam", "strength"):
+                expected[tag, line["step"]] = line[tag]
+            expected["accuracy/train", line["step"]] = line["accuracy"]
+            for name in ("validation_current", "validation_deployed"):
+                expected[f"accuracy/{name}", line["step"]] = line[name]
+        if line["kind"] == "metrics":
+            for layer, values in line["layers"].items():
+                for name in ("distance", "flips", "scale"):
+                    expected[f"{name}/{layer}", line["step"]] = values[name]
+                for level, share in zip(("-1", "1"), values["occupancy"], strict=True):
+                    expected[f"occupancy/{layer}/{level}", line["step"]] = share
+    expected = {place: value for place, value in expected.items() if value != "inf"}
+    assert found == pytest.approx(expected)
+    assert {step for _, step in found} == set(range(1, 16))
+
+
 def test_a_log_is_replaced_at_once(uninterrupted, tmp_path, monkeypatch):
     config = copied(uninterrupted, tmp_path)
     log = Log(config.out)
