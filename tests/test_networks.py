@@ -300,3 +300,39 @@ def test_phase_two_is_exact(name):
 def test_nnx_goes_on_after_split_and_merge_at_every_step():
     run, wanted = train_nnx(interrupted=True), TRAINED["NNX"]()
     chex.assert_trees_all_equal(run, wanted)
+
+
+PARAMS = {
+    "Linen": weights,
+    "NNX": lambda: nnx.state(nnx_model(), nnx.Param),
+    "Equinox": lambda: eqx.filter(equinox_model(), eqx.is_inexact_array),
+    "plain": weights,
+}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_what_one_set_alone_applies_to(name):
+    """Kernels. Equinox calls its embedding a weight: docs/networks.md says so."""
+    params = PARAMS[name]()
+    optimizer = brx.binary_connect(optax.sgd(0.1), brx.Binary())
+    found = set(jax.eval_shape(brx.metrics, jax.eval_shape(optimizer.init, params), params))
+    kernel = "weight" if name == "Equinox" else "kernel"
+    wanted = {f"{layer}/{kernel}" for layer in DENSE}
+    assert found == (wanted | {"embed/weight"} if name == "Equinox" else wanted)
+
+
+def test_kernels_of_scanned_layers_have_scales_of_their_own():
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(WIDTH)(x), None
+
+    stack = linen.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    params = stack().init(jax.random.key(0), jnp.ones((3, WIDTH)))["params"]
+    scales = {}
+    for axis in (None, 0, (0, -1)):
+        granularity = brx.PerTensor() if axis is None else brx.PerChannel(axis)
+        state = brx.binary_connect(optax.sgd(0.1), brx.Binary(granularity=granularity)).init(params)
+        [leaf] = brx.metrics(state, params).values()
+        scales[axis] = leaf.scale.shape
+    assert scales == {None: (1, 1, 1), 0: (2, 1, 1), (0, -1): (2, 1, WIDTH)}
