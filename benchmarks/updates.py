@@ -8,6 +8,7 @@ turns. In the first two the smallest of several runs counts, in the third the me
 of each turn.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -152,17 +153,22 @@ def training_step_times() -> None:
         "binary, phase I": {"hard_from": 1.0},
         "binary, phase II": {"hard_from": 0.0},
         "ternary, phase I": {"hard_from": 1.0, "set": "ternary"},
+        "binary, metrics each step": {"hard_from": 1.0, "metrics_every": 1},
     }
     for name, changes in settings.items():
-        config = Config(dataset="cifar10", model="resnet20", epochs=10**4, **changes)
+        plain = Config(dataset="cifar10", model="resnet20", epochs=10**4, metrics_every=0)
+        config = dataclasses.replace(plain, **changes)
         trainer = Trainer(config, Data(split, split[np.arange(0)], split, 10))
         rows[name] = [trainer, trainer.init(), []]
     for run in range(STEPS + WARMUP):
         for row in rows.values():
             begin = time.perf_counter()
-            row[1] = jax.block_until_ready(row[0].step(row[1], split.images, split.labels)[0])
+            trainer, state, seconds = row
+            row[1] = jax.block_until_ready(trainer.step(state, split.images, split.labels)[0])
+            if trainer.config.metrics_every:
+                jax.block_until_ready(trainer.metrics(row[1].opt_state, row[1].params))
             if run >= WARMUP:
-                row[2].append(time.perf_counter() - begin)
+                seconds.append(time.perf_counter() - begin)
     print(f"\n{'training step of ResNet-20':<24}{'ms':>8}{'ratio':>8}")
     for name, (_, _, seconds) in rows.items():
         ratio = np.median(np.divide(seconds, rows["float"][2]))
