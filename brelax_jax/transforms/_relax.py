@@ -156,11 +156,13 @@ def binary_relax(
                 "call update(grads, state, params)."
             )
         check_same_params(state, params)
-        codes, done = _first(
-            lambda floats: codes_in(params, state.codes, floats, state.fits),
-            state.float_params,
-            state.count,
-        )
+        codes, done = state.codes, True
+        if jax.tree.leaves(codes):
+            codes, done = _first(
+                lambda floats: codes_in(params, state.codes, floats, state.fits),
+                state.float_params,
+                state.count,
+            )
         grads = _where_quantized(lambda y, g: g.astype(y.dtype), state.float_params, updates)
         base_updates, base_state = base.update(
             grads, state.base_state, _filled(state.float_params, params), **extra_args
@@ -320,15 +322,13 @@ def _in_turn(largest: Array, fit: Callable[[Array], Fit], y: Array) -> Fit:
     return lax.platform_dependent(largest, y, cpu=after, default=lambda _, y: fit(y))
 
 
-def _first(codes: Callable[[Any], Any], floats: Any, count: Array) -> tuple[Any, Array | bool]:
+def _first(codes: Callable[[Any], Any], floats: Any, count: Array) -> tuple[Any, Array]:
     """codes(floats), and true, which on CPU is there only once they are.
 
     XLA writes new float weights in the place of the old ones, and would copy these first, because
     it does not see that their codes can be read before. That a count is never negative is what it
     does not know.
     """
-    if not jax.tree.leaves(jax.eval_shape(codes, floats)):
-        return codes(floats), True
 
     def read(_: Array, floats: Any) -> tuple[Any, Array]:
         return codes(floats), jnp.array(True)

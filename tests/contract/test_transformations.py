@@ -236,6 +236,14 @@ def test_every_tree(name, tree):
     check_shapes(name, list(SETS)[turn % len(SETS)], TREES[tree])
 
 
+@pytest.mark.soak
+@every_transformation
+@every_set
+@pytest.mark.parametrize("tree", TREES)
+def test_every_tree_with_every_set(name, qset, tree):
+    check_shapes(name, qset, TREES[tree])
+
+
 @every_transformation
 @every_set
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
