@@ -537,7 +537,7 @@ def fuzz(examples, cases, seed=0, phases=tuple(hypothesis.Phase)):
 
 
 def test_any_program_on_any_values():
-    fuzz(examples=12, cases=20)
+    fuzz(examples=8, cases=25)
 
 
 @pytest.mark.soak

@@ -328,11 +328,12 @@ def test_kernels_of_scanned_layers_have_scales_of_their_own():
             return linen.Dense(WIDTH)(x), None
 
     stack = linen.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-    params = stack().init(jax.random.key(0), jnp.ones((3, WIDTH)))["params"]
+    params = jax.eval_shape(stack().init, jax.random.key(0), jnp.ones((3, WIDTH)))["params"]
     scales = {}
     for axis in (None, 0, (0, -1)):
         granularity = brx.PerTensor() if axis is None else brx.PerChannel(axis)
-        state = brx.binary_connect(optax.sgd(0.1), brx.Binary(granularity=granularity)).init(params)
-        [leaf] = brx.metrics(state, params).values()
+        optimizer = brx.binary_connect(optax.sgd(0.1), brx.Binary(granularity=granularity))
+        state = jax.eval_shape(optimizer.init, params)
+        [leaf] = jax.eval_shape(brx.metrics, state, params).values()
         scales[axis] = leaf.scale.shape
     assert scales == {None: (1, 1, 1), 0: (2, 1, 1), (0, -1): (2, 1, WIDTH)}
