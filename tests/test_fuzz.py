@@ -389,9 +389,9 @@ def wanted_of(program, values, finite):
     for t in range(STEPS):
         adds_up = program.wrapper == "MultiSteps" and t % 2 == 0
         if adds_up or (program.wrapper == "apply_if_finite" and not finite[t]):
-            for of_step in wanted:
+            for of_step in wanted[:2]:
                 of_step[t] = of_step[t - 1] if t else 0
-            continue
+            continue  # params as they were, whose rounding is of the update before
         count, connect = min(values.first + done, LAST), program.form == "binary_connect"
         by_phase = program.has_hard_from and not connect
         hard = by_phase and count >= values.hard_from
