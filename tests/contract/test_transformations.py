@@ -19,12 +19,11 @@ import brelax_jax as brx
 
 HARD_FROM = 2
 TRANSFORMATIONS = {
-    "binary_relax": lambda qset: brx.binary_relax(optax.sgd(0.1, 0.9), qset, 1.0, HARD_FROM),
-    "relax_params": lambda qset: brx.relax_params(qset, lambda count: 1.0 + count, HARD_FROM),
-    "binary_connect": lambda qset: brx.binary_connect(optax.adam(0.1), qset),
-    "with flips": lambda qset: brx.binary_relax(
+    "binary_relax": lambda qset: brx.binary_relax(
         optax.sgd(0.1, 0.9), qset, 1.0, HARD_FROM, track_flips=True
     ),
+    "relax_params": lambda qset: brx.relax_params(qset, lambda count: 1.0 + count, HARD_FROM),
+    "binary_connect": lambda qset: brx.binary_connect(optax.adam(0.1), qset),
 }
 # The same from any base, that extra arguments may be shown to reach it.
 FROM_BASE = {
@@ -225,7 +224,7 @@ def check_shapes(name, qset, tree):
     floats = jax.eval_shape(brx.float_params, after, tree)
     chex.assert_trees_all_equal_shapes(floats, tree)
     assert kinds(jax.eval_shape(brx.with_float_params, after, tree)) == kinds(state)
-    check_metrics_shapes(after, tree, name == "with flips")
+    check_metrics_shapes(after, tree, name == "binary_relax")
 
 
 @every_transformation
