@@ -1,7 +1,7 @@
 """BinaryRelax for Optax: train networks whose weights end up exactly on quantized sets.
 
 Data flows one way: which leaves (`select`) → where they must land (the sets) → how hard they are
-pulled (`relax`, the continuation schedules) → the Optax face (`binary_relax`).
+pulled (the proximal maps, the continuation schedules) → the Optax face (`binary_relax`).
 """
 
 from brelax_jax._envelope import distance as distance
@@ -9,8 +9,16 @@ from brelax_jax._envelope import moreau_envelope as moreau_envelope
 from brelax_jax._envelope import relax as relax
 from brelax_jax._metrics import LeafMetrics as LeafMetrics
 from brelax_jax._metrics import metrics as metrics
+from brelax_jax._proximal import PiecewiseAffine as PiecewiseAffine
+from brelax_jax._proximal import ProximalMap as ProximalMap
+from brelax_jax._proximal import Relaxation as Relaxation
+from brelax_jax._proximal import SoftThreshold as SoftThreshold
+from brelax_jax._schedules import Continuation as Continuation
+from brelax_jax._schedules import continuation as continuation
+from brelax_jax._schedules import cosine_continuation as cosine_continuation
 from brelax_jax._schedules import geometric_continuation as geometric_continuation
 from brelax_jax._schedules import linear_continuation as linear_continuation
+from brelax_jax._schedules import sigmoid_continuation as sigmoid_continuation
 from brelax_jax._select import Selection as Selection
 from brelax_jax._select import select as select
 from brelax_jax.sets import Binary as Binary
@@ -28,6 +36,7 @@ from brelax_jax.transforms import BinaryRelaxState as BinaryRelaxState
 from brelax_jax.transforms import binary_connect as binary_connect
 from brelax_jax.transforms import binary_relax as binary_relax
 from brelax_jax.transforms import float_params as float_params
+from brelax_jax.transforms import parq as parq
 from brelax_jax.transforms import quantized_params as quantized_params
 from brelax_jax.transforms import relax_params as relax_params
 from brelax_jax.transforms import strength as strength

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -119,6 +120,24 @@ class QuantizedSet:
         """The points of Q for w placed by `fit`, of w's shape and the scale's dtype."""
         view, scale, _ = self._views(self._at_unit_scale(w, fit), fit)
         return (view * scale).reshape(w.shape)
+
+    def half_gaps(self, w: Array, fit: Fit) -> Array:
+        """How far the point of Q for w is from the midpoint to the next level on w's side, of w's
+        shape and the scale's dtype; 0 where w is beyond the last level.
+        """
+        index = jnp.abs(self.codes(w, fit))
+        beyond = jnp.abs(w) > jnp.abs(self.place(w, fit))
+        magnitudes, table = self.magnitudes, self._table
+        halves = [(high - low) / 2 for low, high in itertools.pairwise(table)]
+        if magnitudes[0] != 0:
+            halves[0] = magnitudes[0]  # from the least level to its negative
+        gaps = (halves[0], *halves, 0.0)
+        return at_index(index + beyond, gaps) * self.scales(w, fit)
+
+    def scales(self, w: Array, fit: Fit) -> Array:
+        """The scale of each entry of w, of w's shape."""
+        view, scale, _ = self._views(w, fit)
+        return jnp.broadcast_to(scale, view.shape).reshape(w.shape)
 
     def _at_unit_scale(self, w: Array, fit: Fit) -> Array:
         codes = self.codes(w, fit)

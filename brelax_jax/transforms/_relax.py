@@ -12,7 +12,8 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from brelax_jax._envelope import blend, strength_of
+from brelax_jax._envelope import strength_of
+from brelax_jax._proximal import PiecewiseAffine, ProximalMap, Relaxation
 from brelax_jax._select import (
     Selection,
     as_selection,
@@ -36,6 +37,8 @@ from brelax_jax.transforms._state import (
     fit_leaf,
 )
 
+RELAXATION = Relaxation()
+
 
 def binary_relax(
     base: optax.GradientTransformation,
@@ -44,6 +47,7 @@ def binary_relax(
     hard_from: ArrayLike | None = None,
     float_dtype: DTypeLike = "float32",
     track_flips: bool = False,
+    proximal_map: ProximalMap = RELAXATION,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that the params it trains end up exactly on quantized sets.
 
@@ -72,6 +76,8 @@ def binary_relax(
       float_dtype: the least dtype of the float weights; wider params keep their own.
       track_flips: whether the state keeps the codes before the last update, one int8 a weight, for
         the share of flips in `metrics`.
+      proximal_map: how phase I pulls the float weights, `Relaxation()` unless told:
+        `PiecewiseAffine()` (see `parq`), `SoftThreshold(eager=True)` (ProxQuant). λ is theirs.
 
     Returns:
       A transformation whose `update` needs `params` and forwards extra arguments to `base`. Edits
@@ -100,7 +106,7 @@ def binary_relax(
     Array([[ 0.5,  0.5],
            [-0.5, -0.5]], dtype=float32)
     """
-    _check_arguments(base, qset, lam, hard_from)
+    _check_arguments(base, qset, lam, hard_from, proximal_map)
     hard_from = _reached(hard_from)
     selection = as_selection(qset)
     register_with_flax()
@@ -181,17 +187,18 @@ def binary_relax(
             exact = state.count >= jnp.asarray(hard_from) - LEAD
         alpha = strength_of(now)
         exact |= alpha == 1
-        pull = _Pull(alpha, exact, state.landed >= LANDING)
+        landing = _Landing(exact, state.landed >= LANDING)
 
         def held(qset: QuantizedSet, p: Array, fit: Fit, last: Fit) -> Fit:
             return _where(exact, follow(fit, last, qset, p.dtype), fit)
 
         fits = each(held, params, fits, state.fits)
-        steps = each(functools.partial(_step, pull), params, floats, fits)
+        pulled = each(functools.partial(_pulled, proximal_map, alpha), params, floats, fits)
+        steps = each(functools.partial(_step, landing), params, pulled, fits)
         updates = _where_quantized(lambda step, _: step, steps, base_updates)
         return updates, BinaryRelaxState(
             base_state,
-            floats,
+            pulled if proximal_map.eager else floats,
             fits,
             codes,
             jnp.asarray(optax.safe_increment(state.count)),
@@ -224,6 +231,7 @@ def relax_params(
     hard_from: ArrayLike | None = None,
     float_dtype: DTypeLike = "float32",
     track_flips: bool = False,
+    proximal_map: ProximalMap = RELAXATION,
 ) -> optax.GradientTransformationExtraArgs:
     """`binary_relax` as the last link of `optax.chain(base, …)`.
 
@@ -236,6 +244,7 @@ def relax_params(
       hard_from: as for `binary_relax`.
       float_dtype: as for `binary_relax`.
       track_flips: as for `binary_relax`.
+      proximal_map: as for `binary_relax`.
 
     Returns:
       A transformation that turns the updates of the links before it into updates of the
@@ -250,7 +259,9 @@ def relax_params(
     ...     brx.relax_params(brx.Ternary(), lam=brx.linear_continuation(900), hard_from=900),
     ... )
     """
-    return binary_relax(optax.identity(), qset, lam, hard_from, float_dtype, track_flips)
+    return binary_relax(
+        optax.identity(), qset, lam, hard_from, float_dtype, track_flips, proximal_map
+    )
 
 
 def binary_connect(
@@ -283,28 +294,68 @@ def binary_connect(
     return binary_relax(base, qset, jnp.inf, None, float_dtype, track_flips)
 
 
-class _Pull(NamedTuple):
-    """How one update pulls the params, as scalars.
+def parq(
+    base: optax.GradientTransformation,
+    qset: QuantizedSet | Selection,
+    lam: ArrayLike | Callable[[ArrayLike], ArrayLike],
+    hard_from: ArrayLike | None = None,
+    float_dtype: DTypeLike = "float32",
+    track_flips: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """PARQ: `binary_relax` with the piecewise-affine map, whose slope is λ + 1.
+
+    Args:
+      base: as for `binary_relax`.
+      qset: as for `binary_relax`.
+      lam: λ ≥ 0, or a schedule of it: the slope less 1. PARQ's own is `sigmoid_continuation`.
+      hard_from: as for `binary_relax`.
+      float_dtype: as for `binary_relax`.
+      track_flips: as for `binary_relax`.
+
+    Returns:
+      A transformation, as `binary_relax`. Unlike there, λ = 0 is not float training: weights
+      beyond the last level are cut off, which for `Binary` is half of them.
+
+    Raises:
+      ValueError: as `binary_relax`.
+
+    References:
+      Jin et al., PARQ, 2025 (arXiv 2503.15748).
+
+    >>> import brelax_jax as brx, optax
+    >>> optimizer = brx.parq(
+    ...     optax.sgd(0.1), brx.Ternary(), lam=brx.sigmoid_continuation(900), hard_from=900
+    ... )
+    """
+    return binary_relax(base, qset, lam, hard_from, float_dtype, track_flips, PiecewiseAffine())
+
+
+class _Landing(NamedTuple):
+    """Where the params of one update may be, as scalars.
 
     Attributes:
-      alpha: the strength.
-      exact: whether the weights are to be on their grids.
+      exact: whether they are to be on their grids.
       landed: whether they are on the grids of the update before.
     """
 
-    alpha: Array
     exact: Array
     landed: Array
 
 
-def _step(pull: _Pull, qset: QuantizedSet, p: Array, y: Array, fit: Fit) -> Array:
-    """The update of one leaf: from p to the relaxed weights, on the grid if it is to be exact."""
-    groups = qset.granularity.groups(y.shape)
-    grid = grid_of(fit.scale.reshape(groups.scale_view), qset, p.dtype)
+def _pulled(
+    proximal_map: ProximalMap, alpha: Array, qset: QuantizedSet, p: Array, y: Array, fit: Fit
+) -> Array:
+    """The pseudo-quantized weights for the float weights y of the param p."""
     quantized = place_on_grid(y, fit, qset, p.dtype)
-    w = blend(y, quantized, pull.alpha.astype(y.dtype)).reshape(groups.view)
-    now = p.reshape(groups.view)
-    w = jnp.where(pull.exact, landing_point(w, now, grid, pull.landed), w)
+    return proximal_map.pull(y, quantized, qset, fit, alpha.astype(y.dtype))
+
+
+def _step(landing: _Landing, qset: QuantizedSet, p: Array, w: Array, fit: Fit) -> Array:
+    """The update of one leaf: from p to the weights w, on the grid if they are to be exact."""
+    groups = qset.granularity.groups(w.shape)
+    grid = grid_of(fit.scale.reshape(groups.scale_view), qset, p.dtype)
+    w, now = w.reshape(groups.view), p.reshape(groups.view)
+    w = jnp.where(landing.exact, landing_point(w, now, grid, landing.landed), w)
     return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
 
 
@@ -356,7 +407,7 @@ def _where_quantized(function: Callable[..., Any], floats: Any, tree: Any) -> An
     return jax.tree.map(lambda leaf, y: leaf if is_masked(y) else function(y, leaf), tree, floats)
 
 
-def _check_arguments(base: Any, qset: Any, lam: Any, hard_from: Any) -> None:
+def _check_arguments(base: Any, qset: Any, lam: Any, hard_from: Any, proximal_map: Any) -> None:
     if not (hasattr(base, "init") and hasattr(base, "update")):
         raise ValueError(
             f"base must be an optax.GradientTransformation, such as optax.sgd(0.1), got {base!r}."
@@ -364,6 +415,11 @@ def _check_arguments(base: Any, qset: Any, lam: Any, hard_from: Any) -> None:
     if not isinstance(qset, QuantizedSet | Selection):
         raise ValueError(
             f"qset must be a set such as Ternary() or the rules of select(…), got {qset!r}."
+        )
+    if not isinstance(proximal_map, ProximalMap):
+        raise ValueError(
+            "proximal_map must be Relaxation(), PiecewiseAffine() or SoftThreshold(…), "
+            f"got {proximal_map!r}."
         )
     if lam is None or isinstance(lam, str):
         raise ValueError(f"lam must be a number or a schedule of the step count, got {lam!r}.")
