@@ -39,7 +39,7 @@ class Config:
         "binary_relax",
         "quantization",
         "how the weights are trained",
-        ("float", "binary_connect", "binary_relax"),
+        ("float", "binary_connect", "binary_relax", "parq", "proxquant"),
     )
     set: str = setting(
         "binary",
@@ -60,8 +60,8 @@ class Config:
     lam_schedule: str = setting(
         "geometric",
         "quantization",
-        "growth of λ, or of the strength from 0 to 1 by linear",
-        ("geometric", "linear"),
+        "growth of λ, or of the strength from 0 to 1",
+        ("geometric", "linear", "cosine", "sigmoid"),
     )
     lam_start: float = setting(1.0, "quantization", "geometric: λ in the first step")
     lam_end: float = setting(

@@ -87,8 +87,13 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
 def continuation(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """λ by step, in phase I."""
     hard_step = max(1, round(config.hard_epoch * steps_per_epoch))
-    if config.lam_schedule == "linear":
-        return brx.linear_continuation(hard_step)
+    strengths = {
+        "linear": brx.linear_continuation,
+        "cosine": brx.cosine_continuation,
+        "sigmoid": brx.sigmoid_continuation,
+    }
+    if config.lam_schedule in strengths:
+        return strengths[config.lam_schedule](hard_step)
     if config.lam_growth is not None:
         return brx.geometric_continuation(
             config.lam_start, config.lam_growth, every=steps_per_epoch
@@ -98,23 +103,31 @@ def continuation(config: Config, steps_per_epoch: int) -> optax.Schedule:
     )
 
 
+MAPS = {
+    "binary_relax": brx.Relaxation(),
+    "parq": brx.PiecewiseAffine(),
+    "proxquant": brx.SoftThreshold(eager=True),
+}
+
+
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD as the authors use it, alone or inside BinaryConnect or BinaryRelax: the one line that
+    """SGD as the authors use it, alone or inside a transformation that quantizes: the one line that
     differs.
     """
     sgd = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(learning_rate(config, steps_per_epoch), momentum=config.momentum),
     )
+    if config.method == "float":
+        return sgd
     tracked = config.metrics_every != 0
-    match config.method:
-        case "float":
-            return sgd
-        case "binary_connect":
-            return brx.binary_connect(sgd, layer_sets(config), track_flips=tracked)
-        case _:
-            hard_step = round(config.hard_epoch * steps_per_epoch)
-            lam = continuation(config, steps_per_epoch)
-            return brx.binary_relax(
-                sgd, layer_sets(config), lam, hard_from=hard_step, track_flips=tracked
-            )
+    if config.method == "binary_connect":
+        return brx.binary_connect(sgd, layer_sets(config), track_flips=tracked)
+    return brx.binary_relax(
+        sgd,
+        layer_sets(config),
+        continuation(config, steps_per_epoch),
+        hard_from=round(config.hard_epoch * steps_per_epoch),
+        track_flips=tracked,
+        proximal_map=MAPS[config.method],
+    )
