@@ -17,12 +17,13 @@ from brelax_jax.sets import Fit, QuantizedSet, compute_dtype
 
 @dataclasses.dataclass(frozen=True)
 class ProximalMap:
-    """What the maps share. A new one states its `pull`."""
+    """What the maps share. A new one states its `pull`.
 
-    @property
-    def eager(self) -> bool:
-        """Whether the float weights themselves are moved to w, not only the params."""
-        return False
+    Attributes:
+      eager: whether the float weights themselves are moved to w, not only the params.
+    """
+
+    eager: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def apply(self, y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
         """The map of one array.
@@ -33,14 +34,14 @@ class ProximalMap:
           lam: λ ≥ 0, a scalar; 0 and ∞ are allowed.
 
         Returns:
-          w, of y's shape and dtype; proj_Q(y) at λ = ∞. The scale counts as constant in
-          derivatives.
+          w, of y's shape and dtype; proj_Q(y) at λ = ∞. In derivatives the projection counts as
+          constant.
 
         Raises:
           TypeError: if y is not of a floating dtype.
           ValueError: if the set's granularity does not fit y's shape.
         """
-        projection = qset.project(y)
+        projection = lax.stop_gradient(qset.project(y))
         y = jnp.asarray(y)
         compute = compute_dtype(y.dtype)
         alpha = strength_of(jnp.asarray(lam, compute))

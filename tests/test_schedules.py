@@ -47,14 +47,63 @@ def test_a_growing_strength_reaches_infinity_and_stays():
     np.testing.assert_array_equal(brx.geometric_continuation(np.inf)(counts), np.inf)
 
 
+OF_STRENGTH = [brx.linear_continuation, brx.cosine_continuation, brx.sigmoid_continuation]
+
+
 @pytest.mark.parametrize("steps", [1, 10, 2**24 + 1, LAST])
-def test_linear_strength_is_whole_at_its_end_and_not_at_its_start(steps):
-    lam = brx.linear_continuation(steps)
+@pytest.mark.parametrize("continuation", OF_STRENGTH)
+def test_strength_is_whole_at_its_end_and_not_at_its_start(continuation, steps):
+    lam = continuation(steps)
     assert lam(jnp.int32(0)) == 0
     assert lam(jnp.int32(steps)) == np.inf
     if steps > 1:
-        np.testing.assert_allclose(lam(jnp.int32(steps // 2)), 1, rtol=1e-6)
-        assert np.isfinite(lam(jnp.int32(int(0.99 * steps))))
+        np.testing.assert_allclose(lam(jnp.int32(steps // 2)), 1, rtol=1e-5)
+        counts = jnp.linspace(0, int(0.99 * steps), 50).astype(jnp.int32)
+        assert np.isfinite(lam(counts)).all()
+        assert (np.diff(lam(counts)) >= 0).all()
+
+
+@pytest.mark.parametrize("call", [lambda f, n: f(n), lambda f, n: jax.jit(f)(jnp.int32(n))])
+def test_cosine_strength(call):
+    lam = brx.cosine_continuation(8)
+    for count in range(9):
+        alpha = (1 - np.cos(np.pi * count / 8)) / 2
+        expected = alpha / (1 - alpha) if count < 8 else np.inf
+        np.testing.assert_allclose(call(lam, count), expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("steepness", [0.01, 1.0, 10.0, 30.0])
+def test_sigmoid_is_parqs_schedule_of_the_inverse_slope(steepness):
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    lam = brx.sigmoid_continuation(100, steepness)
+    for count in range(100):
+        low, high = sigmoid(-steepness / 2), sigmoid(steepness / 2)
+        inverse_slope = (sigmoid(steepness * (0.5 - count / 100)) - low) / (high - low)
+        np.testing.assert_allclose(1 / (1 + lam(count)), inverse_slope, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", ["geometric", "linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_a_plan_needs_only_the_number_of_steps(shape, steps):
+    lam, hard_from = brx.continuation(steps, shape)
+    assert hard_from == round(0.75 * steps)
+    last = max(hard_from, 1)
+    if (
+        shape == "geometric"
+    ):  # the authors': λ = 1.04 in the first of 150 epochs, 1.04^150 in the last
+        np.testing.assert_allclose([lam(0), lam(last)], [1.04, 1.04**150], rtol=1e-4)
+    else:
+        assert [lam(0), lam(last)] == [0, np.inf]
+
+
+def test_a_plan_with_another_phase_two():
+    lam, hard_from = brx.continuation(1000, "linear", hard_share=0.1)
+    assert hard_from == 900
+    np.testing.assert_allclose(lam(450), 1, rtol=1e-6)
+    assert brx.continuation(1000, hard_share=1).hard_from == 0
+    assert brx.continuation(1000, hard_share=0).hard_from == 1000
 
 
 def test_a_schedule_runs_over_a_traced_count():
@@ -84,6 +133,28 @@ def test_geometric_bad_input(arguments, message):
 
 
 @pytest.mark.parametrize("steps", [0, -5, np.nan, "all"])
-def test_linear_bad_input(steps):
+@pytest.mark.parametrize("continuation", [*OF_STRENGTH, brx.continuation])
+def test_bad_steps(continuation, steps):
     with pytest.raises(ValueError, match=f"steps must be at least 1.*got '?{steps}"):
-        brx.linear_continuation(steps)
+        continuation(steps)
+
+
+@pytest.mark.parametrize("steepness", [0, -1.0, np.inf, np.nan, "steep"])
+def test_bad_steepness(steepness):
+    with pytest.raises(ValueError, match=f"steepness must be positive.*got '?{steepness}"):
+        brx.sigmoid_continuation(10, steepness)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": "exponential"}, "shape must be one of geometric, linear.*got 'exponential'"),
+        ({"shape": None}, "shape must be one of geometric, linear.*got None"),
+        ({"hard_share": 1.5}, "hard_share must be a share from 0 to 1, got 1.5"),
+        ({"hard_share": np.nan}, "hard_share must be a share from 0 to 1, got nan"),
+        ({"hard_share": "half"}, "hard_share must be a share from 0 to 1, got 'half'"),
+    ],
+)
+def test_bad_plans(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        brx.continuation(100, **arguments)

@@ -24,12 +24,14 @@ TRANSFORMATIONS = {
     ),
     "relax_params": lambda qset: brx.relax_params(qset, lambda count: 1.0 + count, HARD_FROM),
     "binary_connect": lambda qset: brx.binary_connect(optax.adam(0.1), qset),
+    "parq": lambda qset: brx.parq(optax.sgd(0.1), qset, lambda count: 1.0 + count, HARD_FROM),
 }
 # The same from any base, that extra arguments may be shown to reach it.
 FROM_BASE = {
     "binary_relax": lambda base, qset: brx.binary_relax(base, qset, 0.0),
     "relax_params": lambda base, qset: optax.chain(base, brx.relax_params(qset, 0.0)),
     "binary_connect": brx.binary_connect,
+    "parq": lambda base, qset: brx.parq(base, qset, 0.0),
 }
 SETS = {
     "Binary": brx.Binary(granularity=brx.PerChannel()),
