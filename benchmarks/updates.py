@@ -2,10 +2,10 @@
 
 The first table is the time of update plus `optax.apply_updates`, jitted with donated buffers, on
 the convolution weights of ResNet-18 (float32), over that of SGD with momentum alone; the second
-what flips that are tracked and metrics in every update add to it; the third the time of a whole
-training step of ResNet-20, 128 images of 32 px, over the float step. The rows of a table take
-turns. In the first two the smallest of several runs counts, in the third the median of the ratios
-of each turn.
+what flips that are tracked and metrics add to it, in the update's program and in their own; the
+third the time of a whole training step of ResNet-20, 128 images of 32 px, over the float step. The
+rows of a table take turns. In the first two the smallest of several runs counts, in the third the
+median of the ratios of each turn.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from examples.steps import Trainer
 RUNS = 15
 STEPS = 40
 WARMUP = 6
+EVERY = 10  # updates from one call of `metrics` to the next
 relax: Callable[..., Any] = brx.binary_relax
 
 
@@ -112,6 +113,7 @@ def update_times() -> None:
         "SGD with momentum": sgd,
         "binary, phase I": relax(sgd, brx.Binary(), 1.0, hard_from=10**6),
         "binary, phase II": relax(sgd, brx.Binary(), 1.0, hard_from=4),
+        "binary, PARQ": brx.parq(sgd, brx.Binary(), 1.0, hard_from=10**6),
         "ternary by threshold": relax(sgd, brx.TernaryThreshold(), 1.0, hard_from=10**6),
         "ternary": relax(sgd, brx.Ternary(), 1.0, hard_from=10**6),
     }
@@ -140,6 +142,22 @@ def metrics_times() -> None:
         }
         in_turns(rows, params)
         print_table(f"{name}, phase I", rows)
+        update, alone = rows["no metrics"].seconds, metrics_seconds(rows["flips tracked"])
+        print(f"{'metrics, a program of its own':<32}{1e3 * alone:8.1f}{alone / update:8.2f}")
+        for every in (1, EVERY):
+            ratio = (rows["flips tracked"].seconds + alone / every) / update
+            print(f"{f'flips tracked, with it every {every}':<40}{ratio:8.2f}")
+
+
+def metrics_seconds(row: Row) -> float:
+    """Time of the metrics of a row's state, compiled on their own."""
+    metrics = jax.jit(brx.metrics)
+    seconds: list[float] = []
+    for _ in range(RUNS + WARMUP):
+        begin = time.perf_counter()
+        jax.block_until_ready(metrics(row.state, row.params))
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[WARMUP:])
 
 
 def training_step_times() -> None:
@@ -152,6 +170,7 @@ def training_step_times() -> None:
         "float, again": {"method": "float"},  # how far two equal rows differ
         "binary, phase I": {"hard_from": 1.0},
         "binary, phase II": {"hard_from": 0.0},
+        "binary, PARQ": {"hard_from": 1.0, "method": "parq"},
         "ternary, phase I": {"hard_from": 1.0, "set": "ternary"},
         "binary, metrics each step": {"hard_from": 1.0, "metrics_every": 1},
     }
