@@ -1,5 +1,6 @@
 """What to watch in a long run: how far the weights are from their sets, and what they do there."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax._envelope import norm, strength_of
-from brelax_jax.sets import QuantizedSet
-from brelax_jax.transforms._state import QuantizedLeaf, codes_of, quantized_leaves
+from brelax_jax._order import in_turn
+from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax.transforms._state import codes_of, quantized_leaves
 
 
 class LeafMetrics(NamedTuple):
@@ -64,19 +66,26 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
     >>> float(leaf.strength), round(float(leaf.distance), 3)
     (0.5, 0.175)
     """
-    return {path: _of_leaf(leaf) for path, leaf in quantized_leaves(opt_state, params).items()}
+    found: dict[str, LeafMetrics] = {}
+    distance = jnp.zeros(())  # of the leaf before
+    for path, leaf in quantized_leaves(opt_state, params).items():
+        measured = in_turn(distance, functools.partial(_measured, leaf.qset), leaf[2:])
+        distance = measured[0]
+        lam = leaf.state.lam
+        found[path] = LeafMetrics(
+            lam, strength_of(lam), distance, measured[1], leaf.fit.scale, measured[2]
+        )
+    return found
 
 
-def _of_leaf(leaf: QuantizedLeaf) -> LeafMetrics:
-    codes = codes_of(leaf.qset, leaf.y, leaf.fit)
-    return LeafMetrics(
-        lam=leaf.state.lam,
-        strength=strength_of(leaf.state.lam),
-        distance=_relative_distance(leaf),
-        occupancy=_occupancy(leaf.qset, codes),
-        scale=leaf.fit.scale,
-        flips=None if leaf.codes is None else _share(leaf.qset, codes != leaf.codes),
-    )
+def _measured(
+    qset: QuantizedSet, leaf: tuple[Array, Fit, Array | None]
+) -> tuple[Array, Array, Array | None]:
+    """Distance, occupancy and flips, from the float weights, their fit and the last codes."""
+    y, fit, last = leaf
+    codes = codes_of(qset, y, fit)
+    flips = None if last is None else _share(qset, codes != last)
+    return _relative_distance(qset, y, fit), _occupancy(qset, codes), flips
 
 
 def _share(qset: QuantizedSet, condition: Array) -> Array:
@@ -99,14 +108,14 @@ def _codes_of_levels(levels: Sequence[float]) -> list[int]:
     return [place.get(level, -place.get(-level, 0)) for level in levels]
 
 
-def _relative_distance(leaf: QuantizedLeaf) -> Array:
+def _relative_distance(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
     """‖y − proj(y)‖/‖y‖, by plain squares where these neither overflow nor vanish."""
-    whole = leaf.qset.granularity.groups(leaf.y.shape).whole
-    residual = leaf.y - leaf.qset.place(leaf.y, leaf.fit)
-    far, length = (whole.sum(jnp.square(x)).reshape(()) for x in (residual, leaf.y))
+    whole = qset.granularity.groups(y.shape).whole
+    residual = y - qset.place(y, fit)
+    far, length = (whole.sum(jnp.square(x)).reshape(()) for x in (residual, y))
 
     def careful() -> Array:
-        far, length = norm(residual, whole), norm(leaf.y, whole)
+        far, length = norm(residual, whole), norm(y, whole)
         return jnp.where(length == 0, 0, far / jnp.where(length == 0, 1, length))
 
     plain = (length > 1e-25) & (length < 1e30) & (far < 1e30)

@@ -9,10 +9,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax._envelope import strength_of
+from brelax_jax._order import in_turn
 from brelax_jax._proximal import ProximalMap, Relaxation
 from brelax_jax._select import (
     Selection,
@@ -164,11 +165,13 @@ def binary_relax(
         check_same_params(state, params)
         codes, done = state.codes, True
         if jax.tree.leaves(codes):
-            codes, done = _first(
-                lambda floats: codes_in(params, state.codes, floats, state.fits),
-                state.float_params,
-                state.count,
-            )
+
+            def last_codes(floats: Any) -> tuple[Any, Array]:
+                return codes_in(params, state.codes, floats, state.fits), jnp.array(True)
+
+            # XLA writes new float weights in the place of the old ones, and would copy these first,
+            # because it does not see that their codes can be read before.
+            codes, done = in_turn(state.count, last_codes, state.float_params)
         grads = _where_quantized(lambda y, g: g.astype(y.dtype), state.float_params, updates)
         base_updates, base_state = base.update(
             grads, state.base_state, _filled(state.float_params, params), **extra_args
@@ -214,7 +217,7 @@ def binary_relax(
             nonlocal largest
             if len(qset.magnitudes) == 1:  # a mean, no search
                 return fit_leaf(qset, y, p)
-            result = _in_turn(largest, lambda y: fit_leaf(qset, y, p), y)
+            result = in_turn(largest, lambda y: fit_leaf(qset, y, p), y)
             largest = jnp.max(result.scale)
             return result
 
@@ -252,40 +255,6 @@ def _step(landing: _Landing, qset: QuantizedSet, p: Array, w: Array, fit: Fit) -
     w, now = w.reshape(groups.view), p.reshape(groups.view)
     w = jnp.where(landing.exact, landing_point(w, now, grid, landing.landed), w)
     return (w - now.astype(w.dtype)).astype(p.dtype).reshape(p.shape)
-
-
-def _in_turn(largest: Array, fit: Callable[[Array], Fit], y: Array) -> Fit:
-    """fit(y), on CPU not before the scales of another leaf, of which `largest` is one, are known.
-
-    XLA would run the searches of all leaves side by side, which takes twice the time and memory
-    for all of them. That a scale is never −1 is what it does not know.
-    """
-
-    def after(largest: Array, y: Array) -> Fit:
-        # Of `fit` only shapes and shardings are left in the other branch: the rest is dead code.
-        return lax.cond(largest != -1, fit, lambda y: jax.tree.map(jnp.zeros_like, fit(y)), y)
-
-    return lax.platform_dependent(largest, y, cpu=after, default=lambda _, y: fit(y))
-
-
-def _first(codes: Callable[[Any], Any], floats: Any, count: Array) -> tuple[Any, Array]:
-    """codes(floats), and true, which on CPU is there only once they are.
-
-    XLA writes new float weights in the place of the old ones, and would copy these first, because
-    it does not see that their codes can be read before. That a count is never negative is what it
-    does not know.
-    """
-
-    def read(_: Array, floats: Any) -> tuple[Any, Array]:
-        return codes(floats), jnp.array(True)
-
-    def read_first(count: Array, floats: Any) -> tuple[Any, Array]:
-        def never(floats: Any) -> tuple[Any, Array]:
-            return jax.tree.map(jnp.zeros_like, codes(floats)), jnp.array(False)
-
-        return lax.cond(count >= 0, functools.partial(read, count), never, floats)
-
-    return lax.platform_dependent(count, floats, cpu=read_first, default=read)
 
 
 def _where(condition: Array, fit: Fit, other: Fit) -> Fit:
