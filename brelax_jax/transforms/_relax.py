@@ -199,9 +199,12 @@ def binary_relax(
         pulled = each(functools.partial(_pulled, proximal_map, alpha), params, floats, fits)
         steps = each(functools.partial(_step, landing), params, pulled, fits)
         updates = _where_quantized(lambda step, _: step, steps, base_updates)
+        if proximal_map.eager:
+            floats = pulled
+            fits = each(functools.partial(_settled, alpha), params, fits)
         return updates, BinaryRelaxState(
             base_state,
-            pulled if proximal_map.eager else floats,
+            floats,
             fits,
             codes,
             jnp.asarray(optax.safe_increment(state.count)),
@@ -246,6 +249,13 @@ def _pulled(
     """The pseudo-quantized weights for the float weights y of the param p."""
     quantized = place_on_grid(y, fit, qset, p.dtype)
     return proximal_map.pull(y, quantized, qset, fit, alpha.astype(y.dtype))
+
+
+def _settled(alpha: Array, qset: QuantizedSet, p: Array, fit: Fit) -> Fit:
+    """The fit that places weights which are on their levels already, if they are."""
+    if fit.cut is None:
+        return fit
+    return fit._replace(cut=jnp.where(alpha == 1, fit.scale / 2, fit.cut))
 
 
 def _step(landing: _Landing, qset: QuantizedSet, p: Array, w: Array, fit: Fit) -> Array:
