@@ -1,0 +1,293 @@
+"""The runs of the accuracy grid: their settings and names, and the small JSON that each leaves.
+
+A run's name says every setting in which it differs from the base, so that runs of a study and
+those of the grid never meet, and a run that both need is trained once.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.checkpoints import sha256_of_json
+from examples.cli import _reader, check
+from examples.config import ELSEWHERE, Config, differences
+from examples.log import Log, read
+from examples.models import MODELS
+from examples.quantization import layer_sets
+
+# The float run that the others of its seed start from.
+BASE = Config(
+    dataset="cifar10", model="resnet8", image_size=16, validation=0.1, epochs=15, method="float",
+    batch=128, lr=0.1, lr_schedule="cosine", momentum=0.9, weight_decay=1e-4, metrics_every=0,
+)  # fmt: skip
+
+# What the names leave unsaid, by method: as published. It stays as it is when METHODS changes, so
+# that no name ever means two things.
+UNSAID: dict[str, dict[str, Any]] = {
+    "parq": {"lam_schedule": "sigmoid"},
+    "proxquant": {"lam_schedule": "linear"},
+}
+
+# What each method changes. `hard_share` is phase II's share of the epochs.
+METHODS: dict[str, dict[str, Any]] = {
+    "float-continued": {"method": "float"},
+    "binary_connect": {"method": "binary_connect"},
+    "binary_relax": {
+        "method": "binary_relax",
+        "lam_schedule": "geometric",
+        "lam_start": 1.0,
+        "lam_end": 100.0,
+        "hard_share": 0.25,
+    },
+    "parq": {"method": "parq", "lam_schedule": "sigmoid", "hard_share": 0.25},
+    "proxquant": {"method": "proxquant", "lam_schedule": "linear", "hard_share": 0.25},
+}
+MAIN = ("float-continued", "binary_connect", "binary_relax", "parq")
+START = "float"  # the method of a float start
+
+SETS = {"binary": "binary", "ternary": "ternary", "2bits": "levels:-3,-1,1,3"}
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+LAM = ("lam_schedule", "lam_start", "lam_end", "lam_growth")
+OWN = (*LAM, "hard_from", "hard_lr")  # a method's own settings
+QUANTIZATION = ("set", "granularity", "first", "last")
+NAMED = ("method", "set", "seed", "epochs", "warm_start", *ELSEWHERE)  # not as a difference
+OPTIONS = ("method", "set", "seed", "epochs", "granularity", "out")  # have options of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of the grid: its method as `METHODS` names it, its settings, and its float start."""
+
+    method: str
+    config: Config
+    start: "Run | None" = None
+
+    @property
+    def name(self) -> str:
+        """The name of the run's directory and of its JSON."""
+        return Path(self.config.directory).name
+
+    @property
+    def family(self) -> str:
+        """The name without the seed: that of the runs to average over."""
+        return self.name.rpartition("-seed")[0]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings without the places."""
+        return settings_of(self.config.to_json())
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the places, and with those of a later version at their defaults."""
+    start = config.get("warm_start")
+    whole = {**Config().to_json(), **config, "warm_start": start and Path(start).name}
+    return {name: value for name, value in whole.items() if name not in ELSEWHERE}
+
+
+def float_start(base: Config, seed: int, changes: dict[str, Any], runs: str) -> Run:
+    """The float run of a seed; of the changes it has those of the data and of the model."""
+    its_own = {n: v for n, v in changes.items() if FIELDS[n].metadata["group"] in ("data", "model")}
+    config = dataclasses.replace(base, seed=seed, **its_own)
+    return _placed(START, config, base, runs)
+
+
+def make_run(
+    base: Config, method: str, word: str, seed: int, epochs: int, changes: dict[str, Any], runs: str
+) -> Run:
+    """A run of a method, a set, a seed and a number of epochs.
+
+    Args:
+      base: the settings of the float start.
+      method: one of `METHODS`.
+      word: the set.
+      seed: its seed, and that of its float start.
+      epochs: its length.
+      changes: other settings that differ from those of the base and of the method.
+      runs: the directory of all runs.
+
+    Raises:
+      ValueError: if a setting is out of its range.
+    """
+    start = float_start(base, seed, changes, runs)
+    its_own = dict(METHODS[method])
+    share = its_own.pop("hard_share", 0.25)
+    if share != 0.25:  # what Config does by itself
+        its_own["hard_from"] = (1 - share) * epochs
+    settings = {"set": SETS.get(word, word), "seed": seed, "epochs": epochs}
+    settings |= {"metrics_every": None, "warm_start": start.config.out}
+    config = dataclasses.replace(base, **{**settings, **its_own, **changes})
+    neutral = dataclasses.replace(base, metrics_every=None, **UNSAID.get(method, {}))
+    config = dataclasses.replace(config, **{n: getattr(neutral, n) for n in _idle(config)})
+    check(config)
+    if config.model not in MODELS:
+        raise ValueError(f"Unknown model {config.model!r}. Known: {', '.join(MODELS)}.")
+    layer_sets(config)
+    return _placed(method, config, neutral, runs, start if config.warm_start else None)
+
+
+def _idle(config: Config) -> list[str]:
+    """Settings that change nothing in this run."""
+    names: list[str] = []
+    if config.method == "float":
+        names += QUANTIZATION
+    if config.method in ("float", "binary_connect"):
+        names += [*LAM, *(["hard_from"] if config.hard_lr is None else [])]
+    elif config.lam_schedule != "geometric":
+        names += LAM[1:]
+    if config.hard_from == 0.75 * config.epochs:
+        names += ["hard_from"]
+    return names
+
+
+def _placed(method: str, config: Config, base: Config, runs: str, start: Run | None = None) -> Run:
+    """The run in its directory, whose name says the settings that are not the base's."""
+    words = [method]
+    if method != START:
+        in_words = {word: name for name, word in SETS.items()}
+        words = [] if config.method == "float" else [in_words.get(config.set, config.set)]
+        words += [method, f"{config.epochs}ep"]
+    if method != START and config.warm_start is None:
+        words.append("scratch")
+    for name in FIELDS:
+        value = getattr(config, name)
+        if name not in NAMED and value != getattr(base, name):
+            words.append(_word(name, value))
+    name = re.sub(r"[/:]", "", "-".join([*words, f"seed{config.seed}"]))
+    return Run(method, dataclasses.replace(config, out=f"{runs}/{name}"), start)
+
+
+def _word(name: str, value: Any) -> str:
+    """A setting as part of a name."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return f"{name}-{value}".lower()
+    if isinstance(value, tuple):
+        return name + "-".join(f"{entry:g}" for entry in value)
+    return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+
+
+def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """Settings from `NAME=VALUE`, as `lr=0.03`; `none` where there may be none."""
+    hints = typing.get_type_hints(Config)
+    known = [name for name in FIELDS if name not in OPTIONS]
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if name not in known or not equals:
+            raise ValueError(f"Unknown override {pair!r}: NAME=VALUE with {', '.join(known)}.")
+        found[name] = _value(name, text, hints[name])
+    return found
+
+
+def _value(name: str, text: str, hint: Any) -> Any:
+    field = FIELDS[name]
+    if text.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    if name == "warm_start":
+        raise ValueError("Override warm_start: only none, to train from scratch.")
+    choices = field.metadata["choices"] or (("true", "false") if hint is bool else None)
+    if choices and text not in choices:
+        raise ValueError(f"Unknown {name} {text!r}. Known: {', '.join(choices)}.")
+    try:
+        return text == "true" if hint is bool else _reader(hint)(text)
+    except ValueError as error:
+        raise ValueError(f"Override {name}: {error}.") from None
+
+
+# What a run leaves.
+
+
+def finished(run: Run) -> bool:
+    """Whether the log of the run has its result."""
+    path = Log(run.config.directory).path
+    return path.exists() and any(line["kind"] == "result" for line in read(path))
+
+
+def collect(run: Run) -> dict[str, Any]:
+    """The JSON of a finished run, from its log.
+
+    Raises:
+      ValueError: if the log is of other settings.
+    """
+    path = Log(run.config.directory).path
+    lines = read(path)
+    header, result = lines[0], lines[-1]
+    _check_settings(path, settings_of(header["config"]), run.settings)
+    weights = {layer["path"]: layer["weights"] for layer in result["layers"]}
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    columns = [name for name in epochs[0] if "_current" in name or "_deployed" in name]
+    curve = {
+        name: [line[name] for line in epochs]
+        for name in ("loss", *columns, "strength")
+        if name in epochs[0]
+    }
+    metrics = {line["epoch"]: line["layers"] for line in lines if line["kind"] == "metrics"}
+    for name in ("distance", "flips"):
+        if metrics:
+            curve[name] = [
+                _mean(metrics[line["epoch"]], name, weights)
+                for line in epochs
+                if line["epoch"] in metrics
+            ]
+    facts = {name: result[name] for name in ("test_deployed", "test_current", "bits_per_weight")}
+    return {
+        "name": run.name,
+        "method": run.method,
+        "settings": run.settings,
+        "versions": header["versions"],
+        "device": header["device"],
+        "training_examples": header["examples"],
+        "seconds": round(sum(line["seconds"] for line in epochs), 1),
+        "diverged": not all(math.isfinite(float(loss)) for loss in curve["loss"]),
+        **facts,
+        "curve": curve,
+    }
+
+
+def _mean(layers: dict[str, dict[str, Any]], name: str, weights: dict[str, int]) -> float | str:
+    """The mean of a metric over the layers, weighted by their weights."""
+    values = [float(layers[path][name]) for path in weights]
+    mean = float(np.average(values, weights=list(weights.values())))
+    return float(f"{mean:.4g}") if math.isfinite(mean) else str(mean)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Puts a JSON in its place, at once, with its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    whole = {**record, "sha256": sha256_of_json(record)}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in whole.items()]
+    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(beside, path)
+
+
+def read_record(path: Path, run: Run | None = None) -> dict[str, Any]:
+    """A JSON that a run has left.
+
+    Raises:
+      ValueError: if it has been altered, or is of other settings than those of `run`.
+    """
+    try:
+        record = json.loads(path.read_text())
+        total = record.pop("sha256")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not the JSON of a run: {error!r}.") from None
+    if run is not None:
+        _check_settings(path, record.get("settings", {}), run.settings)
+    if sha256_of_json(record) != total or record["name"] != path.stem:
+        raise ValueError(f"{path} has been altered since it was written: remove it to repeat it.")
+    return record
+
+
+def _check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    if changed := differences(theirs, ours):
+        raise ValueError(f"{path} is of other settings:\n  " + "\n  ".join(changed))
