@@ -109,8 +109,8 @@ class PiecewiseAffine(ProximalMap):
         """See `ProximalMap.pull`; from the nearest level outwards, which is the same."""
         residual = y - projection
         half = qset.half_gaps(y, fit)
-        inverse_slope = jnp.where(alpha < 1, 1 - alpha, 1)
-        moved = jnp.clip(half - (half - jnp.abs(residual)) / inverse_slope, 0, half)
+        slope = 1 / jnp.where(alpha < 1, 1 - alpha, 1)
+        moved = jnp.clip(half - slope * (half - jnp.abs(residual)), 0, half)
         return jnp.where(alpha < 1, projection + jnp.sign(residual) * moved, projection)
 
 

@@ -122,17 +122,18 @@ class QuantizedSet:
         return (view * scale).reshape(w.shape)
 
     def half_gaps(self, w: Array, fit: Fit) -> Array:
-        """How far the point of Q for w is from the midpoint to the next level on w's side, of w's
-        shape and the scale's dtype; 0 where w is beyond the last level.
+        """Half the distance between the two points of Q that each entry of w is between, of w's
+        shape and the scale's dtype; 0 beyond the last.
         """
-        index = jnp.abs(self.codes(w, fit))
-        beyond = jnp.abs(w) > jnp.abs(self.place(w, fit))
-        magnitudes, table = self.magnitudes, self._table
-        halves = [(high - low) / 2 for low, high in itertools.pairwise(table)]
-        if magnitudes[0] != 0:
-            halves[0] = magnitudes[0]  # from the least level to its negative
-        gaps = (halves[0], *halves, 0.0)
-        return at_index(index + beyond, gaps) * self.scales(w, fit)
+        view, scale, _ = self._views(w, fit)
+        bounds = self.magnitudes if self.magnitudes[0] else self.magnitudes[1:]
+        first = 1.0 if self.magnitudes[0] == 0 else 2.0  # with no level 0: from −m to m
+        gaps = [first * bounds[0], *(high - low for low, high in itertools.pairwise(bounds)), 0.0]
+        a, half = jnp.abs(view), jnp.full_like(view, gaps[0] / 2)
+        for bound, (last, gap) in zip(bounds, itertools.pairwise(gaps), strict=True):
+            if gap != last:
+                half = jnp.where(a > bound * scale, gap / 2, half)
+        return (half * scale).reshape(w.shape)
 
     def scales(self, w: Array, fit: Fit) -> Array:
         """The scale of each entry of w, of w's shape."""

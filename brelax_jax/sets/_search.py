@@ -64,9 +64,8 @@ def at_index(index: Array, magnitudes: Sequence[float]) -> Array:
     if _consecutive(magnitudes):
         return index
     values = jnp.full_like(index, magnitudes[0])
-    for position, (last, magnitude) in enumerate(itertools.pairwise(magnitudes), start=1):
-        if magnitude != last:
-            values = jnp.where(index >= position, magnitude, values)
+    for position, magnitude in enumerate(magnitudes[1:], start=1):
+        values = jnp.where(index >= position, magnitude, values)
     return values
 
 
