@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ examples:
   python -m examples.train --preset short --first float --last uniform8 --granularity channel
   python -m examples.train --preset paper --method float --out runs/paper-float
   python -m examples.train --preset paper --warm-start runs/paper-float
+  python -m examples.experiments    the published experiments, as such commands
 """
 
 
@@ -56,6 +58,7 @@ def check(config: Config) -> None:
         "lam_start": (config.lam_start > 0, "positive, because growth cannot leave 0"),
         "lam_end": (config.lam_end >= config.lam_start, "at least lam_start"),
         "lam_growth": (config.lam_growth is None or config.lam_growth >= 1, "at least 1"),
+        "lam_steepness": (0 < config.lam_steepness < math.inf, "positive"),
         "hard_from": (
             0 <= config.hard_epoch <= config.epochs,
             f"from 0 to epochs ({config.epochs})",
@@ -77,7 +80,7 @@ def check(config: Config) -> None:
     }
     for name, (holds, remedy) in rules.items():
         if not holds:
-            raise ValueError(f"{_flag(name)} must be {remedy}, got {getattr(config, name)!r}.")
+            raise ValueError(f"{flag(name)} must be {remedy}, got {getattr(config, name)!r}.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,19 +118,20 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         text += f" [{'on' if field.default is True else field.default}]"
     common = dict(default=argparse.SUPPRESS, help=text, dest=field.name)
     if hint is bool:
-        group.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **common)
     elif field.metadata["choices"]:
-        group.add_argument(_flag(field.name), choices=field.metadata["choices"], **common)
+        group.add_argument(flag(field.name), choices=field.metadata["choices"], **common)
     else:
-        group.add_argument(_flag(field.name), type=_reader(hint), metavar=_metavar(hint), **common)
+        group.add_argument(flag(field.name), type=reader(hint), metavar=_metavar(hint), **common)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The option of a field."""
     return "--" + name.replace("_", "-")
 
 
-def _scalar(hint: Any) -> Any:
-    """The type itself, for `T | None` too."""
+def scalar(hint: Any) -> Any:
+    """The type of a field itself, for `T | None` too."""
     return (
         next(t for t in typing.get_args(hint) if t is not type(None))
         if isinstance(hint, types.UnionType)
@@ -135,8 +139,9 @@ def _scalar(hint: Any) -> Any:
     )
 
 
-def _reader(hint: Any) -> Any:
-    return _numbers if typing.get_origin(hint) is tuple else _scalar(hint)
+def reader(hint: Any) -> Any:
+    """From a word to a value of a field."""
+    return _numbers if typing.get_origin(hint) is tuple else scalar(hint)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -145,4 +150,4 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _metavar(hint: Any) -> str:
     names = {int: "N", float: "X", str: "NAME"}
-    return "X,X" if typing.get_origin(hint) is tuple else names[_scalar(hint)]
+    return "X,X" if typing.get_origin(hint) is tuple else names[scalar(hint)]

@@ -17,7 +17,9 @@ class Config:
     """The settings of a run. Times are in epochs, and may be fractions of one."""
 
     dataset: str = setting(
-        "digits", "data", "digits, cifar10, cifar100, or a TFDS image classification dataset"
+        "digits",
+        "data",
+        "digits, cifar10, cifar100, imagenet2012, or a TFDS image classification dataset",
     )
     image_size: int | None = setting(
         None, "data", "resize images to squares of this side, in pixels"
@@ -26,10 +28,21 @@ class Config:
     validation: float = setting(
         0.1, "data", "share of the training split held out to choose settings on; 0: none"
     )
-    augment: bool = setting(True, "data", "random shifts, and flips of colour images")
+    augment: bool = setting(
+        True, "data", "random shifts, or crops of a stream, and flips of colour images"
+    )
+    stream: str = setting(
+        "auto",
+        "data",
+        "read and decode images as they are needed, by threads; auto: if all of them take over "
+        "4 GiB. Training images are then random resized crops",
+        ("auto", "yes", "no"),
+    )
 
     model: str = setting(
-        "cnn", "model", "cnn, resnet8, resnet20, resnet32, resnet56, resnet18, vgg11 or vgg16"
+        "cnn",
+        "model",
+        "cnn, vgg11, vgg16, resnet8, resnet20, resnet32, resnet56; for 224 px resnet18, resnet50",
     )
     dtype: str = setting(
         "float32", "model", "dtype to compute in; params stay float32", ("float32", "bfloat16")
@@ -70,6 +83,7 @@ class Config:
     lam_growth: float | None = setting(
         None, "quantization", "geometric: factor of λ from epoch to epoch"
     )
+    lam_steepness: float = setting(10.0, "quantization", "sigmoid: its steepness")
     hard_from: float | None = setting(
         None,
         "quantization",
@@ -166,6 +180,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch=128, lr=0.1,
         lr_schedule="drops", lr_drops=(80.0, 140.0), momentum=0.9, weight_decay=1e-4,
     ),
+    # PARQ's recipe for CIFAR, with their version of BinaryRelax; for PARQ: --lam-schedule sigmoid.
+    "parq": dict(
+        dataset="cifar10", model="resnet20", validation=0.0, granularity="tensor",
+        first="same", last="same", lam_schedule="linear", lam_steepness=100.0, hard_from=150.0,
+        epochs=200, batch=128, lr=0.1,
+        lr_schedule="drops", lr_drops=(80.0, 120.0, 150.0), momentum=0.9, weight_decay=2e-4,
+    ),
+    # PARQ's recipe for ImageNet, which is the customary one. Without a phase II.
+    "imagenet": dict(
+        dataset="imagenet2012", model="resnet50", image_size=224, validation=0.0,
+        granularity="channel", first="float", last="float",
+        lam_schedule="linear", lam_steepness=75.0, hard_from=90.0, epochs=90, batch=256, lr=0.1,
+        lr_schedule="drops", lr_drops=(30.0, 60.0), momentum=0.9, weight_decay=1e-4,
+    ),
 }  # fmt: skip
 
 
@@ -173,10 +201,13 @@ ELSEWHERE = ("out", "mesh", "tensorboard")  # say where a run computes and write
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Lines that say which settings differ between two runs, those of the place apart."""
-    names = sorted({*theirs, *ours} - set(ELSEWHERE))
-    return [
-        f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here"
-        for n in names
-        if theirs.get(n) != ours.get(n)
-    ]
+    """Lines that say which settings differ between two runs, those of the place apart. What an
+    earlier version did not have yet is at its default.
+    """
+    defaults = Config().to_json()
+    lines: list[str] = []
+    for name in sorted({*theirs, *ours} - set(ELSEWHERE)):
+        values = [settings.get(name, defaults.get(name)) for settings in (theirs, ours)]
+        if values[0] != values[1]:
+            lines.append(f"{name}: {values[0]!r} there, {values[1]!r} here")
+    return lines

@@ -13,12 +13,13 @@ import numpy as np
 import brelax_jax as brx
 from examples.checkpoints import Checkpoints
 from examples.config import Config
-from examples.data import Data, Split
+from examples.data import Data
 from examples.events import Events
 from examples.log import Log
 from examples.progress import Progress
 from examples.quantization import layer_sets
 from examples.report import bits_per_weight, leaves, quantized_layers, size_in_bytes
+from examples.splits import AnySplit
 from examples.steps import Sums, Trainer, TrainState
 
 SNAPSHOTS = 9  # histograms of a layer's weights in a log
@@ -144,7 +145,7 @@ def deployed(trainer: Trainer, state: TrainState) -> tuple[Any, Any]:
     return params, trainer.batch_statistics(params)
 
 
-def evaluate(trainer: Trainer, state: TrainState, split: Split) -> dict[str, Any]:
+def evaluate(trainer: Trainer, state: TrainState, split: AnySplit) -> dict[str, Any]:
     """Accuracy of the current params, with their running statistics, and of the deployed ones."""
     name = "test" if split is trainer.data.test else "validation"
     current = trainer.evaluate(state.params, state.batch_stats, split)

@@ -75,7 +75,8 @@ class Vgg(Network):
 
 
 class ResNet(Network):
-    """Residual networks of two convolutions a block (He et al., 2015).
+    """Residual networks (He et al., 2015), the large ones with the stride of a bottleneck in its
+    convolution of 3 px, as is customary.
 
     Attributes:
       depths: blocks in each stage; from one stage to the next the image is halved and the width
@@ -84,11 +85,14 @@ class ResNet(Network):
       large: for 224 px: a stem of 7 px that quarters the image, and convolutions in the shortcuts
         between stages. For small images the shortcuts skip every other pixel and pad with channels
         of zeros.
+      bottleneck: blocks of three convolutions, of 1, 3 and 1 px, the last with four times the
+        width, in the place of two of 3 px.
     """
 
     depths: Sequence[int] = ()
     width: int = 16
     large: bool = False
+    bottleneck: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -106,24 +110,34 @@ class ResNet(Network):
         return self.head(x)
 
     def block(self, x: Array, train: bool, width: int, stride: int, name: str) -> Array:
-        """relu(shortcut + two convolutions)."""
-        y = Conv(width, (3, 3), stride, dtype=self.dtype, name=f"{name}_conv0")(x)
-        y = nn.relu(self.norm(y, train))
-        y = Conv(width, (3, 3), dtype=self.dtype, name=f"{name}_conv1")(y)
-        y = self.norm(y, train)
-        if stride > 1 and self.large:
-            x = Conv(width, (1, 1), stride, dtype=self.dtype, name=f"{name}_shortcut")(x)
-            x = self.norm(x, train)
-        elif stride > 1:
-            x = x[:, ::stride, ::stride]
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+        """relu(shortcut + two or three convolutions)."""
+        y, last = x, 4 * width if self.bottleneck else width
+        layers = [(width, 3, stride), (last, 3, 1)]  # channels, pixels, stride
+        if self.bottleneck:
+            layers = [(width, 1, 1), (width, 3, stride), (last, 1, 1)]
+        for i, (channels, pixels, step) in enumerate(layers):
+            y = nn.relu(y) if i else y
+            size = (pixels, pixels)
+            y = Conv(channels, size, step, dtype=self.dtype, name=f"{name}_conv{i}")(y)
+            y = self.norm(y, train)
+        if x.shape != y.shape:
+            x = self.shortcut(x, train, last, stride, f"{name}_shortcut")
         return nn.relu(x + y)
+
+    def shortcut(self, x: Array, train: bool, width: int, stride: int, name: str) -> Array:
+        """The input of a block in the shape of its output."""
+        if self.large:
+            x = Conv(width, (1, 1), stride, dtype=self.dtype, name=name)(x)
+            return self.norm(x, train)
+        x = x[:, ::stride, ::stride]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
 MODELS: dict[str, Callable[..., Network]] = {
     "cnn": Cnn,
     **{f"resnet{6 * n + 2}": partial(ResNet, depths=(n, n, n)) for n in (1, 3, 5, 9)},
     "resnet18": partial(ResNet, depths=(2, 2, 2, 2), width=64, large=True),
+    "resnet50": partial(ResNet, depths=(3, 4, 6, 3), width=64, large=True, bottleneck=True),
     "vgg11": partial(Vgg, plan=(64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)),
     "vgg16": partial(
         Vgg, plan=(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)

@@ -17,10 +17,11 @@ from jax import Array
 import brelax_jax as brx
 from examples.augment import augment, normalize
 from examples.config import Config
-from examples.data import Data, Split
+from examples.data import Data
 from examples.mesh import everywhere, laid_out, make_mesh, over_data, over_model
 from examples.models import make_model
 from examples.quantization import learning_rate, make_optimizer
+from examples.splits import AnySplit, Split, Stream
 
 
 class TrainState(NamedTuple):
@@ -88,18 +89,21 @@ class Trainer:
     def batches(self, epoch: int) -> Iterator[Split]:
         """The training batches of an epoch, in an order made from the seed and the epoch only."""
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data.train))
-        for start in range(0, self.images_per_epoch, self.batch):
-            yield self.data.train[order[start : start + self.batch]]
+        starts = range(0, self.images_per_epoch, self.batch)
+        parts = (order[start : start + self.batch] for start in starts)
+        key = (self.config.seed, epoch) if self.config.augment else None
+        return self.data.train.batches(parts, key)
 
-    def evaluate(self, params: Any, batch_stats: Any, split: Split) -> float:
+    def evaluate(self, params: Any, batch_stats: Any, split: AnySplit) -> float:
         """Accuracy on a split."""
         total = Sums()
         size = -(-min(500, len(split)) // self._rows) * self._rows
-        for start in range(0, len(split), size):
-            indices = np.arange(start, start + size)  # past the end: the last image, not counted
-            part = split[np.minimum(indices, len(split) - 1)]
+        places = [np.arange(start, start + size) for start in range(0, len(split), size)]
+        last = len(split) - 1  # in the place of what is past the end, not counted
+        parts = split.batches(np.minimum(indices, last) for indices in places)
+        for indices, part in zip(places, parts, strict=True):
             total = total.plus(
-                self._sums(params, batch_stats, part.images, part.labels, indices < len(split))
+                self._sums(params, batch_stats, part.images, part.labels, indices <= last)
             )
         return total.accuracy
 
@@ -139,7 +143,7 @@ class Trainer:
 
     def _init(self) -> TrainState:
         """The state before the first step."""
-        image = jnp.zeros((1, *self.data.train.images.shape[1:]))
+        image = jnp.zeros((1, *self.data.train.shape))
         variables = self.model.init(jax.random.key(self.config.seed), image)
         return self._state(variables["params"], variables["batch_stats"])
 
@@ -150,10 +154,7 @@ class Trainer:
         )
 
     def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Sums]:
-        if self.config.augment:
-            images = augment(
-                jax.random.fold_in(jax.random.key(self.config.seed), state.step), images
-            )
+        images = self._augmented(images, state.step)
 
         def loss(params: Any) -> tuple[Array, tuple[Array, Any]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -169,6 +170,13 @@ class Trainer:
         sums = Sums(value * len(labels), correct.astype(jnp.float32), jnp.float32(len(labels)))
         return TrainState(state.step + 1, params, batch_stats, opt_state), sums
 
+    def _augmented(self, images: Array, number: Array) -> Array:
+        """Training images, changed at random by the seed and this number."""
+        if not self.config.augment:
+            return images
+        key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+        return augment(key, images, shifts=not isinstance(self.data.train, Stream))
+
     def _batch_sums(
         self, params: Any, batch_stats: Any, images: Array, labels: Array, counts: Array
     ) -> Sums:
@@ -181,8 +189,7 @@ class Trainer:
         return Sums(jnp.sum(losses * counts), jnp.sum(correct * counts), jnp.sum(counts))
 
     def _batch_statistics(self, params: Any, images: Array, number: Array) -> Any:
-        if self.config.augment:  # the running averages are of augmented images, too
-            images = augment(jax.random.fold_in(jax.random.key(self.config.seed), -number), images)
+        images = self._augmented(images, -number)  # as those of the running averages are
         forgetful = self.model.clone(bn_momentum=0.0)
         inputs = normalize(images, self.mean, self.std)
         return forgetful.apply({"params": params}, inputs, train=True, mutable=["batch_stats"])[1][

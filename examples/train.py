@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.validation,
             config.train_examples,
             progress=not options.quiet,
+            stream=config.stream,
         )
         images = config.epochs * config.images_per_epoch(len(loaded.train))
         progress = Progress(images, quiet=options.quiet)

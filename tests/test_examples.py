@@ -146,10 +146,8 @@ def test_help_names_every_setting(capsys):
 
 @pytest.mark.parametrize("name", sorted({*MODELS} - {TINY_MODEL}))
 def test_models(name):
-    side, channels = (
-        (224 if name == "resnet18" else 8 if name == "cnn" else 32),
-        1 if name == "cnn" else 3,
-    )
+    shortcuts = {"resnet18": 3, "resnet50": 4}
+    side, channels = (8, 1) if name == "cnn" else (224 if name in shortcuts else 32, 3)
     model = make_model(name, 7, "bfloat16")
     images = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
     logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
@@ -157,9 +155,8 @@ def test_models(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     jax.eval_shape(layer_sets(Config()).check, variables["params"])  # a stem and a head
     kernels = [leaf for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim > 1]
-    shortcuts = 3 if name == "resnet18" else 0
     digits = "".join(filter(str.isdigit, name))
-    expected = {"cnn": 5, "vgg11": 9, "vgg16": 14}.get(name) or int(digits) + shortcuts
+    expected = {"cnn": 5, "vgg11": 9, "vgg16": 14}.get(name) or int(digits) + shortcuts.get(name, 0)
     assert len(kernels) == expected
 
 
