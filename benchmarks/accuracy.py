@@ -3,13 +3,14 @@
 Every run starts from the float run of its seed, which is trained first. A run is a directory in
 runs/accuracy, with a checkpoint an epoch, and in the end a small JSON in results/accuracy: so a
 grid that is interrupted, anywhere, goes on with the same command. Several processes may share the
-work, best with seeds of their own.
+work, best with seeds of their own. `--report` draws tables and plots from the JSONs alone.
 """
 
 import argparse
 import contextlib
 import fcntl
 import functools
+import re
 import statistics
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import jax
 
+from benchmarks.accuracy_report import report, study
 from benchmarks.accuracy_runs import (
     BASE,
     MAIN,
@@ -28,6 +30,7 @@ from benchmarks.accuracy_runs import (
     make_run,
     parse_changes,
     read_record,
+    with_starts,
     write_record,
 )
 from examples.config import Config
@@ -137,12 +140,6 @@ def epochs_done(run: Run, results: str) -> int:
     return max((int(path.name) for path in checkpoints if path.name.isdecimal()), default=0)
 
 
-def with_starts(runs: Sequence[Run]) -> list[Run]:
-    """The runs, and before them the float starts that they need."""
-    starts = {run.start.name: run.start for run in runs if run.start}
-    return [*starts.values(), *runs]
-
-
 def seconds_an_epoch(runs: Sequence[Run]) -> float:
     """The median over the epochs that are logged, or else as measured with ResNet-8."""
     logs = [Log(run.config.directory).path for run in runs]
@@ -192,6 +189,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", default="runs/accuracy", metavar="DIRECTORY")
     parser.add_argument("--results", default="results/accuracy", metavar="DIRECTORY")
     parser.add_argument("--budget", action="store_true", help="only say what is done and missing")
+    parser.add_argument("--report", action="store_true", help="only draw the table and the plots")
+    parser.add_argument(
+        "--study", action="store_true", help="only list all JSONs by validation accuracy"
+    )
+    parser.add_argument("--docs", default="docs", metavar="DIRECTORY", help="where the report goes")
     parser.add_argument("--quiet", action="store_true", help="no progress bar: a line an epoch")
     return parser.parse_args(arguments)
 
@@ -203,21 +205,35 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
         runs = plan(options, base)
         if options.budget:
             print(budget(runs, options.results))
-            return 0
-        return run_grid(runs, options)
+        elif options.study:
+            print(study(options.results, base))
+        elif options.report:
+            print(report(runs, options.results, options.docs, tag(options)))
+        else:
+            run_grid(runs, options)
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on.", file=sys.stderr)
         return 130
+    return 0
 
 
-def run_grid(runs: Sequence[Run], options: argparse.Namespace) -> int:
+def tag(options: argparse.Namespace) -> str:
+    """What the report is of, for its place on the page and its pictures' names."""
+    words = [] if options.granularity == "tensor" else [options.granularity]
+    words = [f"{options.epochs}ep", *words, *options.override]
+    return re.sub(r"[^\w.]+", "-", "-".join(words))
+
+
+def run_grid(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Trains what is missing."""
     config = runs[0].config
     settings = (config.dataset, config.image_size, config.validation, config.train_examples)
-    data = functools.cache(lambda: load(*settings, progress=not options.quiet))
+    data = functools.cache(
+        lambda: load(*settings, progress=not options.quiet, stream=config.stream)
+    )
     missing = [run for run in with_starts(runs) if not done(run, options.results)]
     images = [run.config.epochs * run.config.images_per_epoch(len(data().train)) for run in missing]
     progress = Progress(sum(images), quiet=options.quiet)
@@ -227,7 +243,6 @@ def run_grid(runs: Sequence[Run], options: argparse.Namespace) -> int:
     print(f"{len(runs) - len(left)} of {len(runs)} runs are done.")
     if left:
         print("At work elsewhere: " + ", ".join(run.name for run in left))
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from examples.checkpoints import sha256_of_json
-from examples.cli import _reader, check
+from examples.cli import check, reader
 from examples.config import ELSEWHERE, Config, differences
 from examples.log import Log, read
 from examples.models import MODELS
@@ -56,9 +56,7 @@ START = "float"  # the method of a float start
 SETS = {"binary": "binary", "ternary": "ternary", "2bits": "levels:-3,-1,1,3"}
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-LAM = ("lam_schedule", "lam_start", "lam_end", "lam_growth")
-OWN = (*LAM, "hard_from", "hard_lr")  # a method's own settings
-QUANTIZATION = ("set", "granularity", "first", "last")
+OF_SCHEDULE = {"geometric": ("lam_start", "lam_end", "lam_growth"), "sigmoid": ("lam_steepness",)}
 NAMED = ("method", "set", "seed", "epochs", "warm_start", *ELSEWHERE)  # not as a difference
 OPTIONS = ("method", "set", "seed", "epochs", "granularity", "out")  # have options of their own
 
@@ -126,7 +124,7 @@ def make_run(
     settings = {"set": SETS.get(word, word), "seed": seed, "epochs": epochs}
     settings |= {"metrics_every": None, "warm_start": start.config.out}
     config = dataclasses.replace(base, **{**settings, **its_own, **changes})
-    neutral = dataclasses.replace(base, metrics_every=None, **UNSAID.get(method, {}))
+    neutral = _neutral(base, method)
     config = dataclasses.replace(config, **{n: getattr(neutral, n) for n in _idle(config)})
     check(config)
     if config.model not in MODELS:
@@ -138,14 +136,16 @@ def make_run(
 def _idle(config: Config) -> list[str]:
     """Settings that change nothing in this run."""
     names: list[str] = []
+    pulled = config.method not in ("float", "binary_connect")
+    for schedule, its_own in OF_SCHEDULE.items():
+        if not pulled or config.lam_schedule != schedule:
+            names += its_own
+    if not pulled:
+        names.append("lam_schedule")
+    if not (pulled or config.hard_lr) or config.hard_from == 0.75 * config.epochs:
+        names.append("hard_from")
     if config.method == "float":
-        names += QUANTIZATION
-    if config.method in ("float", "binary_connect"):
-        names += [*LAM, *(["hard_from"] if config.hard_lr is None else [])]
-    elif config.lam_schedule != "geometric":
-        names += LAM[1:]
-    if config.hard_from == 0.75 * config.epochs:
-        names += ["hard_from"]
+        names += ["set", "granularity", "first", "last"]
     return names
 
 
@@ -153,8 +153,7 @@ def _placed(method: str, config: Config, base: Config, runs: str, start: Run | N
     """The run in its directory, whose name says the settings that are not the base's."""
     words = [method]
     if method != START:
-        in_words = {word: name for name, word in SETS.items()}
-        words = [] if config.method == "float" else [in_words.get(config.set, config.set)]
+        words = [] if config.method == "float" else [set_name(config.set)]
         words += [method, f"{config.epochs}ep"]
     if method != START and config.warm_start is None:
         words.append("scratch")
@@ -173,6 +172,17 @@ def _word(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return name + "-".join(f"{entry:g}" for entry in value)
     return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+
+
+def set_name(word: str) -> str:
+    """How the table and the names call a set."""
+    return {of: name for name, of in SETS.items()}.get(word, word)
+
+
+def with_starts(runs: Sequence[Run]) -> list[Run]:
+    """The runs, and before them the float starts that they need."""
+    starts = {run.start.name: run.start for run in runs if run.start}
+    return [*starts.values(), *runs]
 
 
 def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
@@ -198,7 +208,7 @@ def _value(name: str, text: str, hint: Any) -> Any:
     if choices and text not in choices:
         raise ValueError(f"Unknown {name} {text!r}. Known: {', '.join(choices)}.")
     try:
-        return text == "true" if hint is bool else _reader(hint)(text)
+        return text == "true" if hint is bool else reader(hint)(text)
     except ValueError as error:
         raise ValueError(f"Override {name}: {error}.") from None
 
@@ -282,10 +292,25 @@ def read_record(path: Path, run: Run | None = None) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not the JSON of a run: {error!r}.") from None
     if run is not None:
-        _check_settings(path, record.get("settings", {}), run.settings)
+        _check_settings(path, settings_of(record.get("settings", {})), run.settings)
     if sha256_of_json(record) != total or record["name"] != path.stem:
         raise ValueError(f"{path} has been altered since it was written: remove it to repeat it.")
     return record
+
+
+def mistaken_name(record: dict[str, Any], base: Config) -> str | None:
+    """What is wrong with a JSON's name, if its settings give it another."""
+    settings = settings_of(record["settings"])
+    settings["lr_drops"] = tuple(settings["lr_drops"])
+    method, config = record["method"], Config(**settings)
+    neutral = base if method == START else _neutral(base, method)
+    name = _placed(method, config, neutral, ".").name
+    return None if name == record["name"] else f"they give the name {name}."
+
+
+def _neutral(base: Config, method: str) -> Config:
+    """The settings that a method's names leave unsaid."""
+    return dataclasses.replace(base, metrics_every=None, **UNSAID.get(method, {}))
 
 
 def _check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
