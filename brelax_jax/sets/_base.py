@@ -129,7 +129,8 @@ class QuantizedSet:
         bounds = self.magnitudes if self.magnitudes[0] else self.magnitudes[1:]
         first = 1.0 if self.magnitudes[0] == 0 else 2.0  # with no level 0: from −m to m
         gaps = [first * bounds[0], *(high - low for low, high in itertools.pairwise(bounds)), 0.0]
-        a, half = jnp.abs(view), jnp.full_like(view, gaps[0] / 2)
+        # Not abs, which XLA would compute once for this and the scale, and keep for every leaf.
+        a, half = jnp.maximum(view, -view), jnp.full_like(view, gaps[0] / 2)
         for bound, (last, gap) in zip(bounds, itertools.pairwise(gaps), strict=True):
             if gap != last:
                 half = jnp.where(a > bound * scale, gap / 2, half)
