@@ -71,7 +71,7 @@ def binary_relax(
       qset: one set for all kernels (floating leaves of rank 2 or more whose last name is not bias,
         scale or embedding), or the rules of `select`.
       lam: λ ≥ 0, or a schedule from the step count (0 at the first update) to λ. 0 is float
-        training, ∞ phase II.
+        training, ∞ phase II. What a schedule gives below 0 counts as 0.
       hard_from: the step count from which on the projection is exact; None for never. Set the
         learning rate of phase II beside it: it should be small.
       float_dtype: the least dtype of the float weights; wider params keep their own.
@@ -184,6 +184,7 @@ def binary_relax(
         )
         fits = _fits(floats, params)
         now = jnp.asarray(lam(state.count) if callable(lam) else lam, jnp.float32)
+        now = jnp.maximum(now, 0)  # a schedule or a tracer may be negative, without an error
         exact = jnp.array(False)
         if hard_from is not None:
             now = jnp.where(state.count >= hard_from, jnp.inf, now)
