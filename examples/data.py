@@ -179,9 +179,9 @@ def _builder(name: str) -> Any:
             f"{name!r} is not an image classification dataset: its features are {list(features)}."
         )
     if not builder.is_prepared():
-        raise FileNotFoundError(_how_to_prepare(builder, builder.data_path))
+        raise FileNotFoundError(_how_to_prepare(name, builder, builder.data_path))
     if builder.info.file_format.value not in ("array_record", "parquet"):  # no random access
-        remedy = _how_to_prepare(builder, "the format array_record")
+        remedy = _how_to_prepare(name, builder, "the format array_record")
         raise FileNotFoundError(
             f"{builder.data_path} is of the format {builder.info.file_format.value}, which needs "
             f"TensorFlow to be read. Remove it, or set TFDS_DATA_DIR to another place.\n{remedy}"
@@ -189,14 +189,14 @@ def _builder(name: str) -> Any:
     return builder
 
 
-def _how_to_prepare(builder: Any, place: str) -> str:
+def _how_to_prepare(name: str, builder: Any, place: str) -> str:
     instructions, by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS, ""
     if instructions:
         manual = os.path.join(builder.data_dir_root, "downloads", "manual")
         by_hand = BY_HAND.format(
             manual=manual, instructions=textwrap.indent(textwrap.dedent(instructions), "    ")
         ).rstrip()
-    return PREPARE.format(name=builder.name, place=place, by_hand=by_hand)
+    return PREPARE.format(name=name, place=place, by_hand=by_hand)
 
 
 def _has_labels(builder: Any, split: str) -> bool:

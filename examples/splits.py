@@ -17,6 +17,7 @@ Indices = NDArray[np.int64]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 Key = tuple[int, int]  # seed and epoch: random crops are made from them and the image's index
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # as Pillow calls what has so many channels
 AHEAD = 2  # batches that are decoded while one is in use
 
 
@@ -56,7 +57,7 @@ class Stream:
       name: what it is called in an error.
       source: records by their indices, each with an encoded `image` and a `label`.
       side: of the squares, in pixels.
-      channels: 1 or 3.
+      channels: 1, 3 or 4.
       indices: those of the records that are in the split.
     """
 
@@ -106,7 +107,7 @@ class Stream:
         record = self.source[index]
         try:
             picture = Image.open(io.BytesIO(record["image"]))
-            picture = picture.convert("L" if self.channels == 1 else "RGB")
+            picture = picture.convert(MODES[self.channels])
         except (OSError, SyntaxError) as error:
             raise ValueError(f"Image {index} of {self.name} cannot be read: {error}") from None
         if key is None:

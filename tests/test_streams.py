@@ -181,3 +181,5 @@ def test_what_has_to_be_downloaded_by_hand(tmp_path, monkeypatch, capsys):
     assert "tfds.builder('imagenet2012', file_format='array_record')" in message
     assert "ILSVRC2012_img_train.tar" in message
     assert str(tmp_path / "downloads" / "manual") in message
+    with pytest.raises(FileNotFoundError, match=r"tfds\.builder\('emnist/letters'"):
+        data.load("emnist/letters")
