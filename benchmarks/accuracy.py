@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-import jax
-
 from benchmarks.accuracy_report import report, study
 from benchmarks.accuracy_runs import (
     BASE,
@@ -75,8 +73,12 @@ class Grid:
         self.results, self.data, self.progress = Path(results), data, progress
 
     def work(self, runs: Sequence[Run]) -> list[Run]:
-        """Trains what is not done; returns the runs that other processes are at work on."""
-        return [run for run in runs if not self.settle(run)]
+        """Trains what is not done; returns the runs that other processes are still at work on."""
+        left, before = list(runs), len(runs) + 1
+        while left and len(left) < before:  # what was taken may have been left half done
+            before = len(left)
+            left = [run for run in left if not self.settle(run)]
+        return left
 
     def settle(self, run: Run, weights: bool = False) -> bool:
         """Whether there is the JSON of a run, and its weights if they are needed, after training it
@@ -104,7 +106,6 @@ class Grid:
         if not finished(run):
             self.progress.line(run.name)
             train(run.config, self.data(), self.progress, resume=True)
-            jax.clear_caches()
         record = collect(run)
         path = self.results / f"{run.name}.json"
         if not path.exists():

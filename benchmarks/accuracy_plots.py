@@ -12,6 +12,7 @@ from examples.plots import PALETTE, STYLE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 Rows = Mapping[tuple[str, str], Mapping[int, dict[str, Any]]]  # by set and method, then by seed
 Titles = Mapping[str, str]
@@ -38,7 +39,6 @@ def plot_bits(rows: Rows, titles: Titles, path: Path) -> None:
         float_lines(axes, rows, titles, "test_deployed")
         axes.set(xlabel="bits a quantized weight", ylabel="test accuracy (%)")
         axes.set_title("Deployed network after the last step: mean and deviation over seeds")
-        axes.legend(fontsize=8)
         save(figure, path)
 
 
@@ -54,7 +54,6 @@ def plot_curves(rows: Rows, titles: Titles, path: Path) -> None:
             lines(axes, rows, titles, of_set, "validation_deployed")
             axes.set(title=of_set, xlabel="epoch")
         panels[0, 0].set_ylabel("validation accuracy, deployed (%)")
-        panels[0, -1].legend(fontsize=8, loc="lower right")
         save(figure, path)
 
 
@@ -69,13 +68,12 @@ def plot_pull(rows: Rows, titles: Titles, path: Path) -> None:
         for column_of, of_set in zip(panels.T, sets, strict=True):
             for axes, name in zip(column_of, ("distance", "flips"), strict=True):
                 lines(axes, rows, titles, of_set, name)
-            column_of[1].set_yscale("symlog", linthresh=0.01)
-            column_of[1].set_ylim(bottom=0)
             column_of[0].set_title(of_set)
             column_of[1].set_xlabel("epoch")
+        panels[1, 0].set_yscale("symlog", linthresh=0.01)
+        panels[1, 0].set_ylim(bottom=0)
         panels[0, 0].set_ylabel("distance of the float weights (%)")
         panels[1, 0].set_ylabel("weights that a step flips (%)")
-        panels[0, -1].legend(fontsize=8)
         save(figure, path)
 
 
@@ -96,6 +94,7 @@ def lines(axes: Any, rows: Rows, titles: Titles, of_set: str, name: str) -> None
             axes.plot(epochs, curve, style, color=color, lw=0.5, alpha=0.4)
         mean = np.mean(curves, axis=0)
         axes.plot(epochs, mean, style, color=color, lw=1.8, label=titles.get(method, method))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def float_lines(axes: Any, rows: Rows, titles: Titles, name: str) -> None:
@@ -125,6 +124,12 @@ def quantized_sets(rows: Rows) -> list[str]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a picture."""
+    """Writes a picture, with one legend of all its lines."""
+    named = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path)
     plt.close(figure)

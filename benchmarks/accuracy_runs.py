@@ -161,17 +161,21 @@ def _placed(method: str, config: Config, base: Config, runs: str, start: Run | N
         value = getattr(config, name)
         if name not in NAMED and value != getattr(base, name):
             words.append(_word(name, value))
-    name = re.sub(r"[/:]", "", "-".join([*words, f"seed{config.seed}"]))
+    name = re.sub(r"[/:]", "_", "-".join([*words, f"seed{config.seed}"]))
     return Run(method, dataclasses.replace(config, out=f"{runs}/{name}"), start)
 
 
 def _word(name: str, value: Any) -> str:
     """A setting as part of a name."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return f"{name}-{value}".lower()
     if isinstance(value, tuple):
-        return name + "-".join(f"{entry:g}" for entry in value)
-    return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+        return name + "-".join(map(_number, value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"{name}-{value}"
+    return name + _number(value)
+
+
+def _number(value: float) -> str:
+    return repr(value).removesuffix(".0")
 
 
 def set_name(word: str) -> str:
