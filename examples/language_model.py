@@ -11,20 +11,27 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flax
 import flax.serialization
+import jax
 import numpy as np
+import optax
 
+import brelax_jax as brx
 from examples.config import differences
 from examples.language_training import START, TERNARY, Settings, Trainer, flag
 from examples.progress import Progress
 from examples.report import bits_per_weight, quantized_layers, size_in_bytes, table
 from examples.text import load
+
+VERSIONS = {package.__name__: package.__version__ for package in (brx, jax, optax, flax)}
 
 
 class Run:
@@ -64,7 +71,9 @@ class Run:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace(self._params_path(name), flax.serialization.to_bytes(params))
         self.results[name] = result
-        content = dict(seed=self.seed, settings=self._settings, networks=self.results)
+        content = dict(
+            seed=self.seed, settings=self._settings, versions=VERSIONS, networks=self.results
+        )
         replace(self.path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
     def params(self, name: str, like: Any) -> Any:
@@ -78,7 +87,7 @@ class Run:
             ) from None
 
     def _params_path(self, name: str) -> Path:
-        return self.path.with_name(f"{self.path.stem}-{name.replace(', ', '-')}.msgpack")
+        return self.path.with_name(f"{self.path.stem}-{re.sub(r'[, ]+', '-', name)}.msgpack")
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -90,13 +99,13 @@ def replace(path: Path, content: bytes) -> None:
 
 def run(trainer: Trainer, kept: Run, progress: Progress) -> dict[str, dict[str, Any]]:
     """Trains the networks of a seed that are not kept yet; the results of all by their names."""
-    start = trainer.init(kept.seed)
-    if START in kept.results:
+    missing = [name for name in trainer.networks if name not in kept.results]
+    progress.skip(sum(n.steps for name, n in trainer.networks.items() if name not in missing))
+    start = trainer.init(kept.seed) if missing else None
+    if missing and START not in missing:
         start = kept.params(START, start)
-    for name, network in trainer.networks.items():
-        if name in kept.results:
-            progress.skip(network.steps)
-            continue
+    for name in missing:
+        network = trainer.networks[name]
         begin = time.perf_counter()
         params, state = trainer.train(name, start, kept.seed, progress)
         if network.ternary:

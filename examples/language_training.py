@@ -33,9 +33,7 @@ class Settings:
     steps: int = setting(1000, "training", "steps of the float network")
     further_steps: int = setting(1000, "training", "steps of each network that starts from it")
     warmup: int = setting(100, "training", "steps over which a learning rate grows")
-    lr: float = setting(4e-3, "training", "highest learning rate of the float network")
-    further_lr: float = setting(1e-3, "training", "of the float network that goes on")
-    ternary_lr: float = setting(4e-3, "training", "of the ternary networks")
+    lr: float = setting(4e-3, "training", "highest learning rate")
     weight_decay: float = setting(0.01, "training", "AdamW's, on the float weights")
     shape: str = setting(
         "geometric", "quantization", "growth of λ", ("geometric", "linear", "cosine", "sigmoid")
@@ -52,9 +50,8 @@ class Settings:
                 raise ValueError(
                     f"{flag(name)} must be at least {least}, got {getattr(self, name)}."
                 )
-        for name in ("lr", "further_lr", "ternary_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr must be positive, got {self.lr}.")
         if self.width % self.heads:
             raise ValueError(f"--heads {self.heads} must divide --width {self.width}.")
         if not 0 <= self.hard_share <= 1:
@@ -93,18 +90,18 @@ def networks(settings: Settings) -> dict[str, Network]:
     """All networks by their names. The first one starts from scratch, the others from it."""
     steps, further = settings.steps, settings.further_steps
 
-    def adamw(lr: float, steps: int) -> optax.GradientTransformation:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, lr, settings.warmup, steps)
+    def adamw(steps: int) -> optax.GradientTransformation:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, settings.warmup, steps)
         return optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay)
 
-    base = adamw(settings.ternary_lr, further)
+    base = adamw(further)
     connect = brx.binary_connect(base, TERNARY)
     plan = brx.continuation(further, settings.shape, settings.hard_share)
     relax = brx.binary_relax(base, TERNARY, *plan)
     return {
-        START: Network(0, steps, adamw(settings.lr, steps), False),
+        START: Network(0, steps, adamw(steps), False),
         "abrupt ternary": Network(steps, 0, connect, True),
-        "float, further": Network(steps, further, adamw(settings.further_lr, further), False),
+        "float, further": Network(steps, further, base, False),
         "BinaryRelax": Network(steps, further, relax, True),
         "BinaryConnect": Network(steps, further, connect, True),
     }
