@@ -41,11 +41,12 @@ class ProximalMap:
           TypeError: if y is not of a floating dtype.
           ValueError: if the set's granularity does not fit y's shape.
         """
-        projection = lax.stop_gradient(qset.project(y))
-        y = jnp.asarray(y)
+        y = qset._checked(y)
+        constant = lax.stop_gradient(y)
+        fit = qset.fit(constant)
+        projection = qset.place(constant, fit).astype(y.dtype)  # as `project` rounds it
         compute = compute_dtype(y.dtype)
         alpha = strength_of(jnp.asarray(lam, compute))
-        fit = qset.fit(lax.stop_gradient(y))
         w = self.pull(y.astype(compute), projection.astype(compute), qset, fit, alpha)
         return w.astype(y.dtype)
 
