@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
+from benchmarks.accuracy_records import collect, finished, read_record, write_record
 from benchmarks.accuracy_report import report, study
 from benchmarks.accuracy_runs import (
     BASE,
@@ -23,13 +24,9 @@ from benchmarks.accuracy_runs import (
     METHODS,
     SETS,
     Run,
-    collect,
-    finished,
     make_run,
     parse_changes,
-    read_record,
     with_starts,
-    write_record,
 )
 from examples.config import Config
 from examples.data import Data, load

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy_plots import plot_bits, plot_curves, plot_pull
+from benchmarks.accuracy_records import mistaken_name, read_record
 from benchmarks.accuracy_runs import (
     START,
     Run,
-    mistaken_name,
-    read_record,
     set_name,
     with_starts,
 )

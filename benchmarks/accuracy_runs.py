@@ -1,25 +1,18 @@
-"""The runs of the accuracy grid: their settings and names, and the small JSON that each leaves.
+"""The runs of the accuracy grid: their settings and names.
 
 A run's name says every setting in which it differs from the base, so that runs of a study and
 those of the grid never meet, and a run that both need is trained once.
 """
 
 import dataclasses
-import json
-import math
-import os
 import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from examples.checkpoints import sha256_of_json
 from examples.cli import check, reader
-from examples.config import ELSEWHERE, Config, differences
-from examples.log import Log, read
+from examples.config import ELSEWHERE, Config
 from examples.models import MODELS
 from examples.quantization import layer_sets
 
@@ -75,11 +68,6 @@ class Run:
         return Path(self.config.directory).name
 
     @property
-    def family(self) -> str:
-        """The name without the seed: that of the runs to average over."""
-        return self.name.rpartition("-seed")[0]
-
-    @property
     def settings(self) -> dict[str, Any]:
         """The settings without the places."""
         return settings_of(self.config.to_json())
@@ -96,7 +84,7 @@ def float_start(base: Config, seed: int, changes: dict[str, Any], runs: str) -> 
     """The float run of a seed; of the changes it has those of the data and of the model."""
     its_own = {n: v for n, v in changes.items() if FIELDS[n].metadata["group"] in ("data", "model")}
     config = dataclasses.replace(base, seed=seed, **its_own)
-    return _placed(START, config, base, runs)
+    return placed(START, config, base, runs)
 
 
 def make_run(
@@ -124,13 +112,18 @@ def make_run(
     settings = {"set": SETS.get(word, word), "seed": seed, "epochs": epochs}
     settings |= {"metrics_every": None, "warm_start": start.config.out}
     config = dataclasses.replace(base, **{**settings, **its_own, **changes})
-    neutral = _neutral(base, method)
+    neutral = neutral_settings(base, method)
     config = dataclasses.replace(config, **{n: getattr(neutral, n) for n in _idle(config)})
     check(config)
     if config.model not in MODELS:
         raise ValueError(f"Unknown model {config.model!r}. Known: {', '.join(MODELS)}.")
     layer_sets(config)
-    return _placed(method, config, neutral, runs, start if config.warm_start else None)
+    return placed(method, config, neutral, runs, start if config.warm_start else None)
+
+
+def neutral_settings(base: Config, method: str) -> Config:
+    """The settings that a method's names leave unsaid."""
+    return dataclasses.replace(base, metrics_every=None, **UNSAID.get(method, {}))
 
 
 def _idle(config: Config) -> list[str]:
@@ -149,7 +142,7 @@ def _idle(config: Config) -> list[str]:
     return names
 
 
-def _placed(method: str, config: Config, base: Config, runs: str, start: Run | None = None) -> Run:
+def placed(method: str, config: Config, base: Config, runs: str, start: Run | None = None) -> Run:
     """The run in its directory, whose name says the settings that are not the base's."""
     words = [method]
     if method != START:
@@ -215,108 +208,3 @@ def _value(name: str, text: str, hint: Any) -> Any:
         return text == "true" if hint is bool else reader(hint)(text)
     except ValueError as error:
         raise ValueError(f"Override {name}: {error}.") from None
-
-
-# What a run leaves.
-
-
-def finished(run: Run) -> bool:
-    """Whether the log of the run has its result."""
-    path = Log(run.config.directory).path
-    return path.exists() and any(line["kind"] == "result" for line in read(path))
-
-
-def collect(run: Run) -> dict[str, Any]:
-    """The JSON of a finished run, from its log.
-
-    Raises:
-      ValueError: if the log is of other settings.
-    """
-    path = Log(run.config.directory).path
-    lines = read(path)
-    header, result = lines[0], lines[-1]
-    _check_settings(path, settings_of(header["config"]), run.settings)
-    weights = {layer["path"]: layer["weights"] for layer in result["layers"]}
-    epochs = [line for line in lines if line["kind"] == "epoch"]
-    columns = [name for name in epochs[0] if "_current" in name or "_deployed" in name]
-    curve = {
-        name: [line[name] for line in epochs]
-        for name in ("loss", *columns, "strength")
-        if name in epochs[0]
-    }
-    metrics = {line["epoch"]: line["layers"] for line in lines if line["kind"] == "metrics"}
-    for name in ("distance", "flips"):
-        if metrics:
-            curve[name] = [
-                _mean(metrics[line["epoch"]], name, weights)
-                for line in epochs
-                if line["epoch"] in metrics
-            ]
-    facts = {name: result[name] for name in ("test_deployed", "test_current", "bits_per_weight")}
-    return {
-        "name": run.name,
-        "method": run.method,
-        "settings": run.settings,
-        "versions": header["versions"],
-        "device": header["device"],
-        "training_examples": header["examples"],
-        "seconds": round(sum(line["seconds"] for line in epochs), 1),
-        "diverged": not all(math.isfinite(float(loss)) for loss in curve["loss"]),
-        **facts,
-        "curve": curve,
-    }
-
-
-def _mean(layers: dict[str, dict[str, Any]], name: str, weights: dict[str, int]) -> float | str:
-    """The mean of a metric over the layers, weighted by their weights."""
-    values = [float(layers[path][name]) for path in weights]
-    mean = float(np.average(values, weights=list(weights.values())))
-    return float(f"{mean:.4g}") if math.isfinite(mean) else str(mean)
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Puts a JSON in its place, at once, with its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    whole = {**record, "sha256": sha256_of_json(record)}
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in whole.items()]
-    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(beside, path)
-
-
-def read_record(path: Path, run: Run | None = None) -> dict[str, Any]:
-    """A JSON that a run has left.
-
-    Raises:
-      ValueError: if it has been altered, or is of other settings than those of `run`.
-    """
-    try:
-        record = json.loads(path.read_text())
-        total = record.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not the JSON of a run: {error!r}.") from None
-    if run is not None:
-        _check_settings(path, settings_of(record.get("settings", {})), run.settings)
-    if sha256_of_json(record) != total or record["name"] != path.stem:
-        raise ValueError(f"{path} has been altered since it was written: remove it to repeat it.")
-    return record
-
-
-def mistaken_name(record: dict[str, Any], base: Config) -> str | None:
-    """What is wrong with a JSON's name, if its settings give it another."""
-    settings = settings_of(record["settings"])
-    settings["lr_drops"] = tuple(settings["lr_drops"])
-    method, config = record["method"], Config(**settings)
-    neutral = base if method == START else _neutral(base, method)
-    name = _placed(method, config, neutral, ".").name
-    return None if name == record["name"] else f"they give the name {name}."
-
-
-def _neutral(base: Config, method: str) -> Config:
-    """The settings that a method's names leave unsaid."""
-    return dataclasses.replace(base, metrics_every=None, **UNSAID.get(method, {}))
-
-
-def _check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    if changed := differences(theirs, ours):
-        raise ValueError(f"{path} is of other settings:\n  " + "\n  ".join(changed))

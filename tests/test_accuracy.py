@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy
-from benchmarks.accuracy_runs import BASE, METHODS, make_run, read_record, write_record
+from benchmarks.accuracy_records import read_record, write_record
+from benchmarks.accuracy_runs import BASE, METHODS, make_run
 from examples import cli, loop
 from examples.config import Config
 from examples.log import read
