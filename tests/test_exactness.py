@@ -511,3 +511,17 @@ def assert_exact(state, params, leaves):
         values = grouped(np.asarray(params[name], np.float64)[None], qset.granularity)[0]
         distinct = 1 + np.count_nonzero(np.diff(np.sort(values, axis=-1), axis=-1), axis=-1)
         assert distinct.max() <= len(qset.levels), name
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-33, 1e-36])
+def test_differences_that_devices_flush_to_zero_keep_no_weight_off_its_level(size):
+    """The params are then nearer to their levels than the least normal number, and must move."""
+    params = jnp.asarray(np.random.default_rng(0).standard_normal((8, 1)) * size, "float32")
+    optimizer = brx.binary_connect(optax.sgd(0.1), brx.Binary(granularity=brx.PerChannel((0, 1))))
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(jnp.zeros_like(params), state, params)
+        params = optax.apply_updates(params, updates)
+    quantized = brx.quantized_params(state, params)
+    np.testing.assert_array_equal(bits(params), bits(quantized))
+    assert np.any(quantized)

@@ -12,7 +12,8 @@ on a grid:
 - The stored scale is rounded to the grid, so that code × scale is on it.
 - The last `LEAD` updates of phase I round w to the grid and clip it to `reach`, far outside the
   levels. Where p + (w − p) would miss w, because p is not on the grid yet, p itself is rounded to
-  the grid: that is exact always, since the two are within a factor of two of one another, and the
+  the grid: that is exact, since the two are within a factor of two of one another (or it goes to 0,
+  if they differ by less than the least normal number, which devices flush to zero), and the
   next update reaches w. `LANDING` updates suffice; the others are for scales that jump meanwhile.
 """
 
@@ -140,7 +141,8 @@ def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> A
 
 
 def landing_point(w: Array, p: Array, grid: Grid, landed: Array) -> Array:
-    """Where to send p: to w on the grid, or onto the grid if p is off it and cannot arrive.
+    """Where to send p: to w on the grid, or onto the grid if p is off it and cannot arrive, to 0 if
+    the nearest point is so near that the difference is flushed to zero.
 
     Args:
       w: the weights wanted, at least float32.
@@ -155,9 +157,13 @@ def landing_point(w: Array, p: Array, grid: Grid, landed: Array) -> Array:
 
     now = p.astype(w.dtype)
     goal = jnp.clip(grid.round(w), -grid.reach, grid.reach)
-    arrives = stored(now + stored(goal - now)) == goal
+
+    def arrives(point: Array) -> Array:
+        return stored(now + stored(point - now)) == point
+
     snapped = jnp.clip(grid.round(now), -grid.reach, grid.reach)
-    return jnp.where(landed | arrives, goal, snapped)
+    onto = jnp.where(arrives(snapped), snapped, 0)
+    return jnp.where(landed | arrives(goal), goal, onto)
 
 
 def _least(dtype: DTypeLike) -> float:
