@@ -97,7 +97,7 @@ def leaves(params):
 def test_a_text_is_encoded_and_a_twentieth_of_its_training_split_held_out():
     train = made_text(2000, 0)
     found = text.encode(train, "bad", "face")
-    assert len(found.train), len(found.held_out) == (1900, 100)
+    assert (len(found.train), len(found.held_out)) == (1900, 100)
     assert found.decode(np.concatenate([found.train, found.held_out])) == train
     assert (found.decode(found.validation), found.decode(found.test)) == ("bad", "face")
 
