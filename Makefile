@@ -21,7 +21,7 @@ demo: $(VENV)/.installed  ## digits: float, BinaryConnect and BinaryRelax, binar
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.installed  ## the whole suite, doctests included
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.installed  ## what is too long for the suite: every combination
 	$(BIN)/python -m pytest -q -m soak

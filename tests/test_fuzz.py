@@ -246,7 +246,7 @@ def fuzz(examples, cases, seed=0, phases=tuple(hypothesis.Phase)):
 
 
 def test_any_program_on_any_values():
-    fuzz(examples=8, cases=25)
+    fuzz(examples=5, cases=30)
 
 
 @pytest.mark.soak
