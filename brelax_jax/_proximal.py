@@ -5,6 +5,7 @@ strength α = λ/(λ + 1): from (nearly) y at α = 0 to exactly proj_Q(y) at α 
 BinaryConnect. Elementwise, given the scales.
 """
 
+import abc
 import dataclasses
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from brelax_jax.sets import Fit, QuantizedSet, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class ProximalMap:
+class ProximalMap(abc.ABC):
     """What the maps share. A new one states its `pull`.
 
     Attributes:
@@ -50,6 +51,7 @@ class ProximalMap:
         w = self.pull(y.astype(compute), projection.astype(compute), qset, fit, alpha)
         return w.astype(y.dtype)
 
+    @abc.abstractmethod
     def pull(
         self, y: Array, projection: Array, qset: QuantizedSet, fit: Fit, alpha: Array
     ) -> Array:
@@ -62,7 +64,6 @@ class ProximalMap:
           fit: what places y on it.
           alpha: the strength, a scalar of y's dtype.
         """
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
