@@ -40,8 +40,8 @@ To download and prepare it, once, in a clone of brelax_jax:
     pip install ".[prepare]"
     python -c "import tensorflow_datasets as tfds; \
 tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-The extra brings TensorFlow, which TFDS needs for this step only.{by_hand}
-Without a network, try --dataset digits."""
+The extra brings TensorFlow, which TFDS needs for this step only."""
+OFFLINE = "Without a network, try --dataset digits."
 
 BY_HAND = """
 Part of it has to be downloaded by hand before that; manual_dir is {manual}:
@@ -196,7 +196,7 @@ def _how_to_prepare(name: str, builder: Any, place: str) -> str:
         by_hand = BY_HAND.format(
             manual=manual, instructions=textwrap.indent(textwrap.dedent(instructions), "    ")
         ).rstrip()
-    return PREPARE.format(name=name, place=place, by_hand=by_hand)
+    return PREPARE.format(name=name, place=place) + f"{by_hand}\n{OFFLINE}"
 
 
 def _has_labels(builder: Any, split: str) -> bool:

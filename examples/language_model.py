@@ -204,14 +204,6 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     return settings, given
 
 
-class Steps(Progress):
-    """A bar that counts steps."""
-
-    def __init__(self, steps: int, quiet: bool) -> None:
-        super().__init__(steps, quiet)
-        self._bar.unit = "step"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
     settings, options = parse(arguments)
@@ -219,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = Trainer(settings, load())
         kept = [Run(options.out, seed, settings, options.resume) for seed in options.seeds]
         steps = sum(network.steps for network in trainer.networks.values())
-        progress = Steps(len(kept) * steps, options.quiet)
+        progress = Progress(len(kept) * steps, options.quiet, unit="step")
         runs = [run(trainer, each, progress) for each in kept]
         progress.close()
     except (ValueError, FileNotFoundError) as error:

@@ -8,18 +8,19 @@ from tqdm import tqdm
 
 
 class Progress:
-    """One bar over all images of one or several runs.
+    """One bar over all images, or steps, of one or several runs.
 
     Args:
-      images: how many there are to train on.
+      total: how many there are.
       quiet: no bar, as where the output is not a terminal.
+      unit: what is counted.
     """
 
-    def __init__(self, images: int, quiet: bool = False) -> None:
+    def __init__(self, total: int, quiet: bool = False, unit: str = "img") -> None:
         self.shown = sys.stderr.isatty() and not quiet
         self._bar = tqdm(
-            total=images,
-            unit="img",
+            total=total,
+            unit=unit,
             unit_scale=True,
             dynamic_ncols=True,
             disable=not self.shown,
@@ -27,15 +28,15 @@ class Progress:
         )
         self._refreshed = 0.0
 
-    def skip(self, images: int) -> None:
-        """Counts images that an earlier run has trained on."""
+    def skip(self, count: int) -> None:
+        """Counts what an earlier run has done."""
         if self.shown:
-            self._bar.initial += images
-            self._bar.n += images
+            self._bar.initial += count
+            self._bar.n += count
 
-    def advance(self, images: int) -> None:
-        """Counts the images of a step."""
-        self._bar.update(images)
+    def advance(self, count: int) -> None:
+        """Counts what a step has done."""
+        self._bar.update(count)
 
     def due(self, seconds: float = 0.5) -> bool:
         """Whether the bar is shown and its figures are older than this; reading them waits for the

@@ -49,8 +49,7 @@ def load(name: str = "tiny_shakespeare") -> Text:
 
     builder: Any = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
     if not builder.is_prepared():
-        remedy = PREPARE.rpartition("\n")[0]  # but for the line on another dataset
-        raise FileNotFoundError(remedy.format(name=name, place=builder.data_path, by_hand=""))
+        raise FileNotFoundError(PREPARE.format(name=name, place=builder.data_path))
     if builder.info.file_format.value not in ("array_record", "parquet"):  # no random access
         raise FileNotFoundError(
             f"{builder.data_path} is of the format {builder.info.file_format.value}, which needs "
