@@ -189,7 +189,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", action="store_true", help="only say what is done and missing")
     parser.add_argument("--report", action="store_true", help="only draw the table and the plots")
     parser.add_argument(
-        "--study", action="store_true", help="only list all JSONs by validation accuracy"
+        "--study", action="store_true", help="only tabulate all JSONs by validation accuracy"
     )
     parser.add_argument("--docs", default="docs", metavar="DIRECTORY", help="where the report goes")
     parser.add_argument("--quiet", action="store_true", help="no progress bar: a line an epoch")
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
         if options.budget:
             print(budget(runs, options.results))
         elif options.study:
-            print(study(options.results, base))
+            print(study(options.results, base, options.docs))
         elif options.report:
             print(report(runs, options.results, options.docs, tag(options)))
         else:

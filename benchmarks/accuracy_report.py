@@ -175,8 +175,9 @@ def origin(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def study(results: str, base: Config) -> str:
-    """All runs in the results, by validation accuracy after the last epoch.
+def study(results: str, base: Config, docs: str) -> str:
+    """Writes the table of all runs in the results by validation accuracy after the last epoch into
+    docs/accuracy.md; returns it.
 
     Raises:
       ValueError: if a JSON has been altered, or is of another base.
@@ -190,16 +191,39 @@ def study(results: str, base: Config) -> str:
         families.setdefault(family, {})[record["settings"]["seed"]] = record
     if not families:
         raise ValueError(f"There is no JSON in {results}: train first.")
+    found = {name: last(row, "validation_deployed") for name, row in families.items()}
     rows: list[dict[str, str]] = []
     for name, row in families.items():
-        values = {
-            seed: math.nan if r["diverged"] else 100 * r["curve"]["validation_deployed"][-1]
-            for seed, r in row.items()
-        }
+        record = next(iter(row.values()))
+        unchanged = "".join(name.partition(f"-{record['settings']['epochs']}ep")[:2])
+        connect = name.replace(f"-{record['method']}-", f"-{CONNECT}-")
         rows.append(
-            {"runs": name, "validation accuracy": spread(values), "by seed": by_seed(values)}
+            {
+                "runs": name,
+                "validation accuracy": spread(found[name]),
+                "by seed": by_seed(found[name]),
+                "not deployed": spread(last(row, "validation_current")),
+                "minus without changes": versus(found, name, unchanged),
+                "minus BinaryConnect": versus(found, name, connect),
+            }
         )
-    return table(rows)
+    text = table(rows)
+    Path(docs).mkdir(parents=True, exist_ok=True)
+    insert(Path(docs) / "accuracy.md", "study", text)
+    return text
+
+
+def last(row: Row, name: str) -> dict[int, float]:
+    """A curve's last value in percent by seed; NaN for a run that diverged."""
+    return {
+        seed: math.nan if record["diverged"] else 100 * record["curve"][name][-1]
+        for seed, record in row.items()
+    }
+
+
+def versus(found: Mapping[str, Mapping[int, float]], name: str, other: str) -> str:
+    """The paired difference of two families of runs, if they are two."""
+    return difference(found[name], found.get(other, {})) if other != name else NONE
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:

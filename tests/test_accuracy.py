@@ -375,11 +375,11 @@ def table_of(text):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
-def made(method, accuracies, diverged=()):
-    """JSONs of runs that were never trained, with these test accuracies by seed."""
+def made(method, accuracies, diverged=(), **changes):
+    """JSONs of runs that were never trained, with these accuracies by seed."""
     for seed, value in enumerate(accuracies):
-        run = make_run(TINY_BASE, method, "binary", seed, 2, {}, str(RUNS)) if method else None
-        run = run or make_run(TINY_BASE, "parq", "binary", seed, 2, {}, str(RUNS)).start
+        run = make_run(TINY_BASE, method or "parq", "binary", seed, 2, changes, str(RUNS))
+        run = run if method else run.start
         record = {
             "name": run.name,
             "method": run.method,
@@ -391,11 +391,12 @@ def made(method, accuracies, diverged=()):
             "test_deployed": value / 100,
             "test_current": value / 100,
             "bits_per_weight": 1.0,
-            "curve": {"loss": [1.0, 1.0], "validation_deployed": [value / 100] * 2},
+            "curve": {"loss": [1.0, 1.0], **{key: [0.1, value / 100] for key in VALIDATION}},
         }
         write_record(json_of(run.name), record)
 
 
+VALIDATION = ("validation_deployed", "validation_current")
 REPORT = ["--report", "--seeds", "0", "1", "2", "--methods", *METHODS]
 
 
@@ -428,6 +429,28 @@ def test_the_tables_arithmetic(empty, capsys):
     assert prox["by seed"] == "0: 70.00, 1: diverged, 2: 80.00"
     assert {prox[name] for name in prox if "gap" in name or "minus" in name} == {"–"}
     assert "Not there yet (1 of 15): binary-parq-2ep-seed2." in printed
+
+
+def test_the_study_compares_what_differs_in_one_thing(empty, capsys):
+    made(None, [80])
+    made("binary_connect", [70, 72])
+    made("binary_connect", [73, 74, 75], lr=0.3)
+    made("binary_relax", [71, 74])
+    made("binary_relax", [74, 77, 77], lr=0.3)
+    assert grid("--study") == 0
+    rows = {row.pop("runs"): row for row in table_of(capsys.readouterr().out)}
+    assert PAGE.read_text().count("| runs |") == 1
+    connect, relax = "binary-binary_connect-2ep", "binary-binary_relax-2ep"
+    compared = ["minus without changes", "minus BinaryConnect"]
+    assert rows.keys() == {"float", connect, f"{connect}-lr0.3", relax, f"{relax}-lr0.3"}
+    assert rows[relax]["validation accuracy"] == rows[relax]["not deployed"] == "72.50 ± 2.12"
+    assert [rows[relax][name] for name in compared] == ["–", "+1.50 ± 0.50 (n = 2)"]
+    assert [rows[f"{relax}-lr0.3"][name] for name in compared] == [
+        "+3.00 ± 0.00 (n = 2)",
+        "+2.00 ± 0.58 (n = 3)",
+    ]
+    assert rows[f"{connect}-lr0.3"][compared[0]] == "+2.50 ± 0.50 (n = 2)"
+    assert {rows[name][c] for name in ("float", connect) for c in compared} == {"–"}
 
 
 def test_without_a_gap_no_share_is_closed(empty, capsys):
