@@ -138,7 +138,7 @@ def _idle(config: Config) -> list[str]:
     if not (pulled or config.hard_lr) or config.hard_from == 0.75 * config.epochs:
         names.append("hard_from")
     if config.method == "float":
-        names += ["set", "granularity", "first", "last"]
+        names += ["set", "granularity", "tolerance", "first", "last"]
     return names
 
 

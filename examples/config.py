@@ -64,6 +64,12 @@ class Config:
         "quantization",
         "weights that share a scale: tensor, channel[:AXIS] or block:SIZE[:AXIS]",
     )
+    tolerance: float = setting(
+        0.0,
+        "quantization",
+        "how far the squared error of a scale may be above the least, relative, before it is "
+        "searched for anew; for sets of three levels and more",
+    )
     first: str = setting(
         "same", "quantization", "the first layer's set: same, float, or a set's name"
     )

@@ -1,6 +1,7 @@
 """From words to brelax_jax: the sets, which layer gets which, and the optimizer."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -33,23 +34,23 @@ def parse_granularity(word: str) -> brx.PerTensor | brx.PerChannel | brx.PerBloc
         ) from None
 
 
-def parse_set(word: str, granularity: str = "tensor") -> brx.QuantizedSet:
+def parse_set(word: str, granularity: str = "tensor", tolerance: float = 0.0) -> brx.QuantizedSet:
     """A set from its word, such as `ternary`, `uniform4`, `power3` or `levels:-3,-1,1,3`."""
-    groups = parse_granularity(granularity)
+    shared: Any = {"granularity": parse_granularity(granularity), "tolerance": tolerance}
     plain = {
         "binary": brx.Binary,
         "ternary": brx.Ternary,
         "ternary-threshold": brx.TernaryThreshold,
     }
-    if word in plain:
-        return plain[word](granularity=groups)
     try:
+        if word in plain:
+            return plain[word](**shared)
         if word.startswith("levels:"):
             levels = tuple(float(level) for level in word.removeprefix("levels:").split(","))
-            return brx.ScaledLevels(levels, granularity=groups)
+            return brx.ScaledLevels(levels, **shared)
         for prefix, of_bits in (("uniform", brx.Uniform), ("power", brx.PowerOfTwo)):
             if word.startswith(prefix):
-                return of_bits(int(word.removeprefix(prefix)), granularity=groups)
+                return of_bits(int(word.removeprefix(prefix)), **shared)
     except ValueError as error:
         raise ValueError(f"Set {word!r}: {error} Known: {SETS}.") from None
     raise ValueError(f"Unknown set {word!r}. Known: {SETS}.")
@@ -59,12 +60,12 @@ def layer_sets(config: Config) -> brx.Selection:
     """Which layer lands on which set: every model here names its first layer `stem` and its last
     `head`.
     """
-    middle = parse_set(config.set, config.granularity)
+    middle = parse_set(config.set, config.granularity, config.tolerance)
 
     def of(word: str) -> brx.QuantizedSet | None:
         if word in ("same", "float"):
             return middle if word == "same" else None
-        return parse_set(word, config.granularity)
+        return parse_set(word, config.granularity, config.tolerance)
 
     return brx.select(
         (r"^stem/kernel$", of(config.first)), (r"^head/kernel$", of(config.last)), default=middle

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from brelax_jax._arguments import is_number
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._quantized import Quantized
-from brelax_jax.sets._search import at_index, least_squares_scale, level_index
+from brelax_jax.sets._search import Kept, at_index, least_squares_scale, level_index
 
 
 class Fit(NamedTuple):
@@ -39,10 +40,15 @@ class QuantizedSet:
 
     Attributes:
       granularity: which weights share a scale s.
+      tolerance: in training, how far the squared error may be above the least one, relative, before
+        a scale is searched for anew; until then that of the same codes follows the weights. 0
+        always takes the least, and may jump from one step to the next (docs/projections.md).
+        `project` and `quantize` see no step before, and take the least in any case.
       levels: L, ascending, at scale 1.
     """
 
     granularity: Granularity = dataclasses.field(default=PerTensor(), kw_only=True)
+    tolerance: float = dataclasses.field(default=0.0, kw_only=True)
     levels: tuple[float, ...] = dataclasses.field(init=False, repr=False)
 
     def _state(self, **attributes: object) -> None:
@@ -54,6 +60,21 @@ class QuantizedSet:
             )
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
+        if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
+            raise ValueError(
+                f"tolerance must be a number from 0 to less than 1, got {self.tolerance!r}."
+            )
+        if self.tolerance and not self._searched:
+            raise ValueError(
+                f"tolerance is for sets whose scale is searched for, got {self.tolerance!r}; "
+                f"{type(self).__name__}'s is a formula, which does not jump: leave it out."
+            )
+
+    @property
+    def _searched(self) -> bool:
+        """Whether the scale is the best one of a search, not a formula."""
+        least_squares = type(self).fit_groups is QuantizedSet.fit_groups
+        return least_squares and len(self.magnitudes) > 1
 
     @property
     def magnitudes(self) -> tuple[float, ...]:
@@ -95,9 +116,14 @@ class QuantizedSet:
         w = self._checked(w)
         return _quantize(self, w)
 
-    def fit(self, w: Array) -> Fit:
-        """What places w on this set: the scale of each group."""
-        return _fit(self, w)
+    def fit(self, w: Array, last: Fit | None = None) -> Fit:
+        """What places w on this set: the scale of each group.
+
+        Args:
+          w: floats.
+          last: the fit of the weights from which w came by a step, kept as `tolerance` says.
+        """
+        return _fit(self, w, last if self.tolerance and self._searched else None)
 
     def fit_groups(self, w: Array, group: Group) -> Fit:
         """As `fit`, for w in a view in which the sum of each group is `group.sum(w)`.
@@ -177,12 +203,17 @@ def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _fit(qset: QuantizedSet, w: Array) -> Fit:
+def _fit(qset: QuantizedSet, w: Array, last: Fit | None) -> Fit:
     groups = qset.granularity.groups(w.shape)
     if w.size == 0:
         return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
     view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
-    return jax.tree.map(lambda x: x.reshape(groups.scale), qset.fit_groups(view, groups.group))
+    if last is None:
+        fit = qset.fit_groups(view, groups.group)
+    else:
+        kept = Kept(last.scale.reshape(groups.scale_view), qset.tolerance)
+        fit = Fit(least_squares_scale(view, qset.magnitudes, groups.group, kept))
+    return jax.tree.map(lambda x: x.reshape(groups.scale), fit)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ sort. It goes from the least scale up: where the bound shows that an interval ho
 than the best scale known, it moves on, else it splits the interval. What it remembers is a short
 stack of scales ahead at which E is known; the farthest are forgotten when it is full, which costs
 an evaluation later. It ends with a certificate: no scale anywhere has an error below the best one
-found by more than `TOLERANCE`, relative.
+found by more than `TOLERANCE`, relative, or by more than the tolerance of a scale that is kept.
 """
 
 import itertools
@@ -69,13 +69,29 @@ def at_index(index: Array, magnitudes: Sequence[float]) -> Array:
     return values
 
 
-def least_squares_scale(w: Array, magnitudes: Sequence[float], group: Group) -> Array:
+class Kept(NamedTuple):
+    """The scales of weights from which the present ones came by a small step.
+
+    Attributes:
+      scale: of the shape of a group's sums.
+      tolerance: how far the squared error may be above the least one, relative. Within it the scale
+        of the same codes, fitted anew, is kept.
+    """
+
+    scale: Array
+    tolerance: float
+
+
+def least_squares_scale(
+    w: Array, magnitudes: Sequence[float], group: Group, kept: Kept | None = None
+) -> Array:
     """argmin over s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group.
 
     Args:
       w: floats, at least float32.
       magnitudes: ascending and nonnegative, the last one positive.
       group: which entries of `w` form a group.
+      kept: scales to keep where they are nearly the best.
 
     Returns:
       Scales of w's dtype that broadcast against it: 0 for groups of zeros, NaN for groups that hold
@@ -89,7 +105,9 @@ def least_squares_scale(w: Array, magnitudes: Sequence[float], group: Group) -> 
         unit = jnp.where(peak > 0, peak, 1)
         shift = shift_of(unit)
         a = (a * shift) / (unit * shift)
-        best = branch_and_bound(a, magnitudes, group).best.scale
+        if kept is not None:
+            kept = kept._replace(scale=(kept.scale * shift) / (unit * shift))
+        best = branch_and_bound(a, magnitudes, group, kept).best.scale
         scale = unit * _refitted(a, best, magnitudes, group)
         scale = jnp.where(peak > 0, scale, peak)  # 0, or NaN
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
@@ -118,8 +136,11 @@ class Search(NamedTuple):
     rounds: Array
 
 
-def branch_and_bound(a: Array, magnitudes: Sequence[float], group: Group) -> Search:
+def branch_and_bound(
+    a: Array, magnitudes: Sequence[float], group: Group, kept: Kept | None = None
+) -> Search:
     """The search at its end, for magnitudes of weights of which the largest in each group is 1."""
+    tolerance = TOLERANCE if kept is None else max(kept.tolerance, TOLERANCE)
 
     def known(scale: Array) -> _Known:
         residual = _residual(a, scale, magnitudes)
@@ -134,12 +155,25 @@ def branch_and_bound(a: Array, magnitudes: Sequence[float], group: Group) -> Sea
     nodes = lax.map(known, jnp.exp(jnp.log(low) * (1 - steps) + jnp.log(high) * steps))
     least = jnp.argmin(nodes.error, axis=0)[None]
     last = _each(lambda x: x[-1], nodes)
+    best = _each(lambda x: jnp.take_along_axis(x, least, axis=0)[0], nodes)
+    old = _Known(jnp.full_like(low, -1), jnp.full_like(low, jnp.inf))  # none
+    if kept is not None:
+        old = known(_refitted(a, kept.scale, magnitudes, group))
+
+    def goal(best: _Known) -> Array:
+        """The error below which a scale is worth searching for."""
+        return (1 - tolerance) * best.error - FLOOR * energy
+
+    def bar(best: _Known) -> Array:
+        """The error below which another scale replaces the best one."""
+        return jnp.where(best.scale == old.scale, goal(best), best.error)
+
+    best = _each(lambda x, y: jnp.where(best.error >= goal(old), x, y), old, best)
 
     def advanced(search: Search) -> Search:
         """Past the first interval, in the groups where it holds nothing better."""
         head = _each(lambda x: x[0], search.ahead)
-        goal = (1 - TOLERANCE) * search.best.error - FLOOR * energy
-        passed = _bound(search.below, head, energy)[0] >= goal
+        passed = _bound(search.below, head, energy)[0] >= goal(search.best)
         passed |= head.scale <= search.below.scale * (1 + 4 * jnp.finfo(a.dtype).eps)
         rest = _each(lambda x, end: jnp.concatenate([x[1:], end[None]]), search.ahead, last)
         return search._replace(
@@ -153,7 +187,7 @@ def branch_and_bound(a: Array, magnitudes: Sequence[float], group: Group) -> Sea
     def split(search: Search) -> Search:
         head = _each(lambda x: x[0], search.ahead)
         middle = known(_bound(search.below, head, energy)[1])
-        better = middle.error < search.best.error
+        better = middle.error < bar(search.best)
         search = Search(
             below=search.below,
             ahead=_each(lambda x, y: jnp.concatenate([x[None], y[:-1]]), middle, search.ahead),
@@ -165,7 +199,7 @@ def branch_and_bound(a: Array, magnitudes: Sequence[float], group: Group) -> Sea
     start = Search(
         below=_each(lambda x: x[0], nodes),
         ahead=_each(lambda x, end: jnp.stack([*x[1:], *[end] * (STACK - INTERVALS)]), nodes, last),
-        best=_each(lambda x: jnp.take_along_axis(x, least, axis=0)[0], nodes),
+        best=best,
         rounds=jnp.zeros((), jnp.int32),
     )
     return lax.while_loop(uncertain, split, advanced(start))

@@ -138,7 +138,7 @@ def binary_relax(
             return jnp.array(p, jnp.promote_types(jnp.result_type(p), float_dtype), copy=True)
 
         floats = map_with_path(float_copy, params)
-        fits = _fits(floats, params)
+        fits = _fits(params, floats)
         tracked = floats if track_flips else jax.tree.map(lambda _: optax.MaskedNode(), params)
         return BinaryRelaxState(
             base_state=base.init(_filled(floats, params)),
@@ -182,7 +182,7 @@ def binary_relax(
             base_updates,
             is_leaf=is_masked,
         )
-        fits = _fits(floats, params)
+        fits = _fits(params, floats, state.fits)
         now = jnp.asarray(lam(state.count) if callable(lam) else lam, jnp.float32)
         now = jnp.maximum(now, 0)  # a schedule or a tracer may be negative, without an error
         exact = jnp.array(False)
@@ -214,18 +214,18 @@ def binary_relax(
             selection,
         )
 
-    def _fits(floats: Any, params: Any) -> Any:
+    def _fits(params: Any, floats: Any, *last: Any) -> Any:
         largest = jnp.zeros((), jnp.float32)  # scale of the leaf before
 
-        def fit(qset: QuantizedSet, p: Any, y: Array) -> Fit:
+        def fit(qset: QuantizedSet, p: Any, y: Array, *last: Fit) -> Fit:
             nonlocal largest
             if len(qset.magnitudes) == 1:  # a mean, no search
                 return fit_leaf(qset, y, p)
-            result = in_turn(largest, lambda y: fit_leaf(qset, y, p), y)
+            result = in_turn(largest, lambda y: fit_leaf(qset, y, p, *last), y)
             largest = jnp.max(result.scale)
             return result
 
-        return each(fit, params, floats)
+        return each(fit, params, floats, *last)
 
     return optax.GradientTransformationExtraArgs(
         cast(optax.TransformInitFn, init), cast(optax.TransformUpdateExtraArgsFn, update)

@@ -42,9 +42,9 @@ class BinaryRelaxState(NamedTuple):
     selection: Selection
 
 
-def fit_leaf(qset: QuantizedSet, y: Array, p: Any) -> Fit:
-    """Fits a set to the float weights y of the param p."""
-    return round_fit(qset.fit(y), qset, jnp.result_type(p))
+def fit_leaf(qset: QuantizedSet, y: Array, p: Any, last: Fit | None = None) -> Fit:
+    """Fits a set to the float weights y of the param p, given the fit before."""
+    return round_fit(qset.fit(y, last), qset, jnp.result_type(p))
 
 
 def codes_of(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
