@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
-from flax.training import train_state
 
 import brelax_jax as brx
 from tests import oracles
+from tests.exactness import bits, fresh_state, grouped, rules
 
 SETS = {
     "binary": brx.Binary(),
@@ -161,28 +160,6 @@ def test_jumps_of_the_scale_are_exact_in_the_same_step(width, form, direction):
     assert followed, f"no scale jumped {case.jump}-fold: {ratios}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtype):
-    leaves = {"binary": LEAVES["binary-channel"], "threshold": SETS["threshold"]}
-    rng = np.random.default_rng(5)
-    params = {name: jnp.asarray(rng.standard_normal(SHAPE), dtype) for name in leaves}
-    optimizer = brx.binary_connect(optax.sgd(1.0), rules(leaves))
-    state, update = fresh_state(optimizer, params), jax.jit(optimizer.update)
-    rest = [1] * 12
-    for step, growth in enumerate([*rest, 1000, *rest, 1e-3, *rest]):
-        # The factor spreads, and some signs flip.
-        factors = growth * rng.choice([1, 1.1, -1], SHAPE)
-        grads = jax.tree.map(lambda y, f=factors: (1 - f) * y, brx.float_params(state, params))
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        if step >= 2:
-            assert_exact(state, params, leaves)
-        if step in (11, 24, 37):
-            y, q = (read(state, params) for read in (brx.float_params, brx.quantized_params))
-            wanted = leaves["binary"].project(y["binary"])
-            np.testing.assert_allclose(q["binary"], wanted, rtol=0.05)
-
-
 @pytest.mark.parametrize(
     "case", [CASES["hard from 8"], CASES["hard from 8, heavy tails"]], ids=["normal", "heavy"]
 )
@@ -232,126 +209,6 @@ def test_quantized_params_do_not_depend_on_compilation(width):
         assert np.array_equal(bits(eager[name]), bits(quantized[name])), name
 
 
-def test_eager_updates_are_exact():
-    leaves = {"binary": brx.Binary(), "threshold": LEAVES["threshold-block"]}
-    rng = np.random.default_rng(11)
-    params = {name: jnp.asarray(rng.standard_normal(SHAPE), "float32") for name in leaves}
-    optimizer = brx.binary_connect(optax.sgd(0.1), rules(leaves))
-    state = optimizer.init(params)
-    for step in range(5):
-        grads = {name: jnp.asarray(rng.standard_normal(SHAPE), "float32") for name in leaves}
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        if step >= 2:
-            assert_exact(state, params, leaves)
-
-
-def test_float64_is_exact():
-    names = ("binary-channel", "threshold-block", "uneven-tensor")
-    leaves = {name: LEAVES[name] for name in names}
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(12)
-        params = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
-        optimizer = brx.binary_relax(optax.adam(0.1), rules(leaves), 1.0, hard_from=8)
-        state, update = fresh_state(optimizer, params), jax.jit(optimizer.update)
-        for step in range(12):
-            grads = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
-            updates, state = update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            assert all(p.dtype == np.float64 for p in params.values())
-            if step >= 8:
-                assert_exact(state, params, leaves)
-
-
-def test_large_leaves_are_exact():
-    leaves = {
-        "binary": (LEAVES["binary-channel"], "float32"),
-        "ternary": (LEAVES["ternary-channel"], "float32"),
-        "threshold": (LEAVES["threshold-channel"], "bfloat16"),
-    }
-    sets = {name: qset for name, (qset, _) in leaves.items()}
-    keys = iter(jax.random.split(jax.random.key(0), 100))
-
-    def noise():
-        return {
-            name: jax.random.normal(next(keys), (3, 3, 256, 256), dtype)
-            for name, (_, dtype) in leaves.items()
-        }
-
-    params = noise()
-    optimizer = brx.binary_connect(optax.sgd(0.1, 0.9), rules(sets))
-    state, update = fresh_state(optimizer, params), jax.jit(optimizer.update)
-    for step in range(4):
-        updates, state = update(noise(), state, params)
-        params = optax.apply_updates(params, updates)
-        if step >= 2:
-            assert_exact(state, params, sets)
-
-
-class Linen(linen.Module):
-    """A multilayer perceptron."""
-
-    @linen.compact
-    def __call__(self, x):
-        return linen.Dense(3)(linen.relu(linen.Dense(16)(x)))
-
-
-class Nnx(nnx.Module):
-    """The same in the other API."""
-
-    def __init__(self, rngs):
-        self.first, self.second = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.second(nnx.relu(self.first(x)))
-
-
-def test_linen_train_state_is_exact():
-    model, x = Linen(), jax.random.normal(jax.random.key(0), (20, 8))
-    rules = brx.select(("Dense_0/kernel", SETS["threshold"]), default=LEAVES["binary-channel"])
-    state = train_state.TrainState.create(
-        apply_fn=model.apply,
-        params=model.init(jax.random.key(1), x)["params"],
-        tx=brx.binary_relax(optax.adam(0.01), rules, 1.0, hard_from=8),
-    )
-
-    @jax.jit
-    def step(state):
-        def loss(params):
-            return jnp.mean(jnp.square(state.apply_fn({"params": params}, x) - 1))
-
-        return state.apply_gradients(grads=jax.grad(loss)(state.params))
-
-    for _ in range(11):
-        state = step(state)
-    quantized = brx.quantized_params(state.opt_state, state.params)
-    jax.tree.map(np.testing.assert_array_equal, state.params, quantized)
-    assert len(np.unique(state.params["Dense_0"]["kernel"])) == 3
-    assert all(len(np.unique(column)) == 2 for column in state.params["Dense_1"]["kernel"].T)
-    assert len(np.unique(state.params["Dense_0"]["bias"])) > 2
-
-
-def test_nnx_optimizer_is_exact():
-    x = jax.random.normal(jax.random.key(0), (20, 8))
-    model = Nnx(nnx.Rngs(0))
-    rules = brx.select(("first/kernel", SETS["threshold"]), default=LEAVES["binary-channel"])
-    transformation = brx.binary_relax(optax.adam(0.01), rules, 1.0, hard_from=8)
-    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-        optimizer.update(model, nnx.grad(lambda model: jnp.mean(jnp.square(model(x) - 1)))(model))
-
-    for _ in range(11):
-        step(model, optimizer)
-    params = nnx.state(model, nnx.Param)
-    quantized = brx.quantized_params(optimizer.opt_state, params)
-    jax.tree.map(np.testing.assert_array_equal, params, quantized)
-    assert len(np.unique(model.first.kernel[...])) == 3
-    assert all(len(np.unique(column)) == 2 for column in model.second.kernel[...].T)
-    assert float(brx.strength(optimizer.opt_state)) == 1
-
-
 FORM = {
     "wrapper": brx.binary_relax,
     "chain": lambda base, *args: optax.chain(base, brx.relax_params(*args)),
@@ -364,11 +221,6 @@ class Whole(NamedTuple):
     dtype: str
     per: str
     shift: int  # which leaf has which optimizer
-
-
-def rules(leaves):
-    """One rule for each leaf of a flat dict."""
-    return brx.select(*((f"^{name}$", qset) for name, qset in leaves.items()))
 
 
 def leaves_of(width, form):
@@ -438,15 +290,6 @@ def program(width, form):
     return transformation(1.0, NEVER, NEVER), scan
 
 
-def fresh_state(optimizer, params):
-    """As `init`, but for its scales: of no concern here, and as long to compile as an update."""
-    shapes = jax.eval_shape(optimizer.init, params)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    floats = optax.tree.get(shapes, "float_params")
-    floats = jax.tree.map(lambda y, p: jnp.array(p, y.dtype), floats, params)
-    return optax.tree.set(zeros, float_params=floats)
-
-
 @functools.cache
 def complete(width, form, case):
     """The final (params, state), and the trace, whose leaves have the steps as first axis."""
@@ -481,47 +324,3 @@ def scales_of(state):
     """The stored scales of a wrapper's or chain's state, by leaf."""
     fits = optax.tree.get(state, "fits")
     return {name: fit.scale for name, fit in fits.items()}
-
-
-def grouped(x, granularity):
-    """(steps, *SHAPE) → (steps, groups, entries of a group)."""
-    steps, shape = len(x), x.shape[1:]
-    match granularity:
-        case brx.PerTensor():
-            return x.reshape(steps, 1, -1)
-        case brx.PerChannel(axis=-1):
-            return np.moveaxis(x, -1, 1).reshape(steps, shape[-1], -1)
-        case brx.PerBlock(size=size, axis=0):
-            blocks = x.reshape(steps, shape[0] // size, size, *shape[1:])
-            return np.moveaxis(blocks, 2, -1).reshape(steps, -1, size)
-    raise ValueError(granularity)
-
-
-def bits(x):
-    """An array's bits, so that comparisons tell 0 from −0, and NaN equals itself."""
-    x = np.asarray(x)
-    return x.view(f"uint{8 * x.dtype.itemsize}")
-
-
-def assert_exact(state, params, leaves):
-    """The params are what `quantized_params` returns, and no group has more values than the set."""
-    quantized = brx.quantized_params(state, params)
-    for name, qset in leaves.items():
-        assert np.array_equal(bits(params[name]), bits(quantized[name])), name
-        values = grouped(np.asarray(params[name], np.float64)[None], qset.granularity)[0]
-        distinct = 1 + np.count_nonzero(np.diff(np.sort(values, axis=-1), axis=-1), axis=-1)
-        assert distinct.max() <= len(qset.levels), name
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e-33, 1e-36])
-def test_differences_that_devices_flush_to_zero_keep_no_weight_off_its_level(size):
-    """The params are then nearer to their levels than the least normal number, and must move."""
-    params = jnp.asarray(np.random.default_rng(0).standard_normal((8, 1)) * size, "float32")
-    optimizer = brx.binary_connect(optax.sgd(0.1), brx.Binary(granularity=brx.PerChannel((0, 1))))
-    state = optimizer.init(params)
-    for _ in range(3):
-        updates, state = optimizer.update(jnp.zeros_like(params), state, params)
-        params = optax.apply_updates(params, updates)
-    quantized = brx.quantized_params(state, params)
-    np.testing.assert_array_equal(bits(params), bits(quantized))
-    assert np.any(quantized)
