@@ -171,6 +171,7 @@ def training_step_times() -> None:
         "binary, phase I": {"hard_from": 1.0},
         "binary, phase II": {"hard_from": 0.0},
         "binary, PARQ": {"hard_from": 1.0, "method": "parq"},
+        "binary, ProxQuant": {"hard_from": 1.0, "method": "proxquant"},
         "ternary, phase I": {"hard_from": 1.0, "set": "ternary"},
         "binary, metrics each step": {"hard_from": 1.0, "metrics_every": 1},
     }
