@@ -23,17 +23,19 @@ def fresh_state(optimizer, params):
 
 
 def grouped(x, granularity):
-    """(steps, *SHAPE) → (steps, groups, entries of a group)."""
-    steps, shape = len(x), x.shape[1:]
-    match granularity:
-        case brx.PerTensor():
-            return x.reshape(steps, 1, -1)
-        case brx.PerChannel(axis=-1):
-            return np.moveaxis(x, -1, 1).reshape(steps, shape[-1], -1)
-        case brx.PerBlock(size=size, axis=0):
-            blocks = x.reshape(steps, shape[0] // size, size, *shape[1:])
-            return np.moveaxis(blocks, 2, -1).reshape(steps, -1, size)
-    raise ValueError(granularity)
+    """(steps, *shape) → (steps, groups, entries of a group)."""
+    shape = x.shape[1:]
+    if isinstance(granularity, brx.PerBlock):
+        axis, size = granularity.axis, granularity.size
+        shape = (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+        x, kept = x.reshape(len(x), *shape), [a for a in range(len(shape)) if a != axis + 1]
+    else:
+        axes = granularity.axis if isinstance(granularity, brx.PerChannel) else ()
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        kept = sorted(axis % len(shape) for axis in axes)
+    rest = [axis for axis in range(len(shape)) if axis not in kept]
+    groups = int(np.prod([shape[axis] for axis in kept], dtype=int))
+    return x.transpose(0, *(a + 1 for a in (*kept, *rest))).reshape(len(x), groups, -1)
 
 
 def bits(x):

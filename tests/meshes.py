@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +21,11 @@ from brelax_jax.transforms._state import find_states
 
 DEVICES = 8
 MOVES = re.compile(r"= (?!.*fusion\().*(all-gather|all-to-all|collective-permute|reduce-scatter)\(")
+
+
+every_extent = pytest.mark.parametrize(
+    "extent", ["not soak", pytest.param("soak", marks=pytest.mark.soak)], ids=["", "soak"]
+)
 
 
 def run_on_eight_devices(file, extent):

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import strategies as st
 
 import brelax_jax as brx
+from tests.exactness import bits, grouped
 from tests.fuzzing import LAST, MAPS, STEPS, programs, values
-from tests.test_exactness import bits
 
 
 def kinds(tree):
@@ -65,22 +65,6 @@ def compiled(program):
         return jax.lax.scan(step, (params, start, free, alone.init(free)), grads, STEPS)[1]
 
     return run
-
-
-def grouped(x, granularity):
-    """(steps, *shape) → (steps, groups, entries of a group)."""
-    shape = x.shape[1:]
-    if isinstance(granularity, brx.PerBlock):
-        axis, size = granularity.axis, granularity.size
-        shape = (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
-        x, kept = x.reshape(len(x), *shape), [a for a in range(len(shape)) if a != axis + 1]
-    else:
-        axes = granularity.axis if isinstance(granularity, brx.PerChannel) else ()
-        axes = axes if isinstance(axes, tuple) else (axes,)
-        kept = sorted(axis % len(shape) for axis in axes)
-    rest = [axis for axis in range(len(shape)) if axis not in kept]
-    groups = int(np.prod([shape[axis] for axis in kept], dtype=int))
-    return x.transpose(0, *(a + 1 for a in (*kept, *rest))).reshape(len(x), groups, -1)
 
 
 class Wanted(NamedTuple):

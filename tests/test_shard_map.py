@@ -45,8 +45,9 @@ SEARCHED = ("uniform", "powers", "two-bit")  # of them only the projection: comp
 
 if jax.device_count() < meshes.DEVICES:
 
-    def test_on_eight_devices():
-        meshes.run_on_eight_devices(__file__, "not soak")
+    @meshes.every_extent
+    def test_on_eight_devices(extent):
+        meshes.run_on_eight_devices(__file__, extent)
 
 else:
 
@@ -88,10 +89,16 @@ else:
         np.testing.assert_allclose(scale, wanted_scale, rtol=1e-6)
         meshes.assert_same_codes(CASES[name][0], codes, wanted, weights(), fit)
 
-    @pytest.mark.parametrize("turn", range(len(CASES)))
-    def test_parts_land_where_the_whole_does(turn):
-        """The modes take turns."""
-        name, kind = list(CASES)[turn], [AxisType.Auto, AxisType.Explicit][turn % 2]
+    def in_turns(firsts, seconds):
+        """Every pair; those of the first with one of the second by turns, the others as soak."""
+        return [
+            pytest.param(a, b, marks=[pytest.mark.soak] * (i % len(seconds) != j))
+            for i, a in enumerate(firsts)
+            for j, b in enumerate(seconds)
+        ]
+
+    @pytest.mark.parametrize(("name", "kind"), in_turns(CASES, [AxisType.Auto, AxisType.Explicit]))
+    def test_parts_land_where_the_whole_does(name, kind):
         qset, spec, scale_spec = CASES[name]
         mesh = meshes.make_mesh(kind)
         mapped = jax.shard_map(
@@ -162,18 +169,15 @@ else:
         jax.tree.map(np.testing.assert_array_equal, params, brx.quantized_params(state, params))
 
     @pytest.mark.parametrize(
-        ("optimizer", "checked"),
-        [
-            (brx.binary_connect(optax.adam(0.01, eps=1e-3), meshes.rules(meshes.SIMPLE)), True),
-            (
-                optax.chain(optax.sgd(0.1), brx.relax_params(meshes.rules(meshes.SIMPLE), 1.0, 3)),
-                False,
-            ),
-        ],
-        ids=["binary_connect", "relax_params, unchecked"],
+        ("optimizer", "checked"), in_turns(["binary_connect", "relax_params"], [True, False])
     )
     def test_updates_are_those_of_one_device(optimizer, checked, mesh):
         """Gradients come from outside; also where JAX does not track what varies over an axis."""
+        rules = meshes.rules(meshes.SIMPLE)
+        optimizer = {
+            "binary_connect": brx.binary_connect(optax.adam(0.01, eps=1e-3), rules),
+            "relax_params": optax.chain(optax.sgd(0.1), brx.relax_params(rules, 1.0, 3)),
+        }[optimizer]
         params = meshes.put(meshes.network(), meshes.SPECS, mesh)
         specs = jax.tree.map(lambda x: x.sharding.spec, (params, optimizer.init(params)))
         update = jax.jit(

@@ -38,9 +38,7 @@ SPECS = [
 
 if jax.device_count() < meshes.DEVICES:
 
-    @pytest.mark.parametrize(
-        "extent", ["not soak", pytest.param("soak", marks=pytest.mark.soak)], ids=["", "soak"]
-    )
+    @meshes.every_extent
     def test_on_eight_devices(extent):
         meshes.run_on_eight_devices(__file__, extent)
 
