@@ -41,7 +41,6 @@ CASES = {  # a set, how the weight is sharded, and how its scale is
         P("data", None, "model"),
     ),
 }
-SEARCHED = ("uniform", "powers", "two-bit")  # of them only the projection: compiling takes long
 
 if jax.device_count() < meshes.DEVICES:
 
