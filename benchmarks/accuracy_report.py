@@ -24,7 +24,7 @@ from examples.config import Config
 
 CONTINUED, CONNECT = "float-continued", "binary_connect"
 TITLES = {
-    START: "float, where all start", CONTINUED: "float, continued", CONNECT: "BinaryConnect",
+    START: "float, where all start", CONTINUED: "float, as long", CONNECT: "BinaryConnect",
     "binary_relax": "BinaryRelax", "parq": "PARQ", "proxquant": "ProxQuant",
 }  # fmt: skip
 NONE = "–"
@@ -93,7 +93,7 @@ def accuracy_rows(rows: Mapping[tuple[str, str], Row]) -> list[dict[str, str]]:
                 "not deployed": spread(accuracies(row, "test_current")),
                 "minus BinaryConnect": difference(accuracy, connect) if compared else NONE,
                 "of the gap to the start": percent(closed[0]),
-                "of the gap to float continued": percent(closed[1]),
+                "of the gap to float, as long": percent(closed[1]),
             }
         )
     return found

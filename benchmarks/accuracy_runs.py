@@ -20,6 +20,7 @@ from examples.quantization import layer_sets
 BASE = Config(
     dataset="cifar10", model="resnet8", image_size=16, validation=0.1, epochs=15, method="float",
     batch=128, lr=0.1, lr_schedule="cosine", momentum=0.9, weight_decay=1e-4, metrics_every=0,
+    lam_schedule="geometric",
 )  # fmt: skip
 
 # What the names leave unsaid, by method: as published. It stays as it is when METHODS changes, so
@@ -35,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "binary_connect": {"method": "binary_connect"},
     "binary_relax": {
         "method": "binary_relax",
-        "lam_schedule": "geometric",
+        "lam_schedule": None,  # linear from scratch, else geometric
         "lam_start": 1.0,
         "lam_end": 100.0,
         "hard_share": 0.25,
@@ -112,6 +113,7 @@ def make_run(
     settings = {"set": SETS.get(word, word), "seed": seed, "epochs": epochs}
     settings |= {"metrics_every": None, "warm_start": start.config.out}
     config = dataclasses.replace(base, **{**settings, **its_own, **changes})
+    config = dataclasses.replace(config, lam_schedule=config.lam_shape)
     neutral = neutral_settings(base, method)
     config = dataclasses.replace(config, **{n: getattr(neutral, n) for n in _idle(config)})
     check(config)

@@ -76,10 +76,11 @@ class Config:
     last: str = setting(
         "float", "quantization", "the last layer's set: same, float, or a set's name"
     )
-    lam_schedule: str = setting(
-        "geometric",
+    lam_schedule: str | None = setting(
+        None,
         "quantization",
-        "growth of λ, or of the strength from 0 to 1",
+        "growth of λ, or of the strength from 0 to 1 (linear from scratch; geometric with "
+        "--warm-start, or if a number of the geometric growth is given)",
         ("geometric", "linear", "cosine", "sigmoid"),
     )
     lam_start: float = setting(1.0, "quantization", "geometric: λ in the first step")
@@ -168,6 +169,15 @@ class Config:
     def hard_epoch(self) -> float:
         """The epoch at which phase II begins."""
         return 0.75 * self.epochs if self.hard_from is None else self.hard_from
+
+    @property
+    def lam_shape(self) -> str:
+        """How λ grows: from scratch networks end better if it begins at 0, from float weights if it
+        begins higher (docs/accuracy.md).
+        """
+        numbers = (self.lam_start, self.lam_end, self.lam_growth)
+        geometric = self.warm_start is not None or numbers != (1.0, 100.0, None)
+        return self.lam_schedule or ("geometric" if geometric else "linear")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON keeps them."""

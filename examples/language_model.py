@@ -26,7 +26,7 @@ import optax
 
 import brelax_jax as brx
 from examples.config import differences
-from examples.language_training import START, TERNARY, Settings, Trainer, flag
+from examples.language_training import START, Settings, Trainer, flag
 from examples.progress import Progress
 from examples.report import bits_per_weight, quantized_layers, size_in_bytes, table
 from examples.text import load
@@ -123,7 +123,7 @@ def run(trainer: Trainer, kept: Run, progress: Progress) -> dict[str, dict[str, 
 def measured(trainer: Trainer, name: str, params: Any, seed: int) -> dict[str, Any]:
     """What the table says of a network, and what it writes."""
     network = trainer.networks[name]
-    layers = quantized_layers(params, TERNARY) if network.ternary else []
+    layers = quantized_layers(params, trainer.rules) if network.ternary else []
     bits = {
         split: finite(trainer.bits_per_character(params, getattr(trainer.text, split)))
         for split in ("held_out", "validation", "test")

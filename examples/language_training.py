@@ -17,8 +17,7 @@ from examples.progress import Progress
 from examples.text import Codes, Text, batch_at, windows
 from examples.transformer import Transformer
 
-# Every kernel but the head's, one scale for each output channel; embeddings are no kernels.
-TERNARY = brx.select((r"^head/", None), default=brx.Ternary(granularity=brx.PerChannel()))
+SETS = {"ternary-threshold": brx.TernaryThreshold, "ternary": brx.Ternary}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +34,9 @@ class Settings:
     warmup: int = setting(100, "training", "steps over which a learning rate grows")
     lr: float = setting(4e-3, "training", "highest learning rate")
     weight_decay: float = setting(0.01, "training", "AdamW's, on the float weights")
+    set: str = setting(
+        "ternary-threshold", "quantization", "by threshold, or the nearest ternary", tuple(SETS)
+    )
     shape: str = setting(
         "geometric", "quantization", "growth of λ", ("geometric", "linear", "cosine", "sigmoid")
     )
@@ -86,6 +88,12 @@ class Network(NamedTuple):
 START = "float"
 
 
+def ternary(settings: Settings) -> brx.Selection:
+    """Every kernel but the head's, one scale for each output channel; embeddings are no kernels."""
+    qset = SETS[settings.set](granularity=brx.PerChannel())
+    return brx.select((r"^head/", None), default=qset)
+
+
 def networks(settings: Settings) -> dict[str, Network]:
     """All networks by their names. The first one starts from scratch, the others from it."""
     steps, further = settings.steps, settings.further_steps
@@ -94,10 +102,10 @@ def networks(settings: Settings) -> dict[str, Network]:
         schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, settings.warmup, steps)
         return optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay)
 
-    base = adamw(further)
-    connect = brx.binary_connect(base, TERNARY)
+    base, rules = adamw(further), ternary(settings)
+    connect = brx.binary_connect(base, rules)
     plan = brx.continuation(further, settings.shape, settings.hard_share)
-    relax = brx.binary_relax(base, TERNARY, *plan)
+    relax = brx.binary_relax(base, rules, *plan)
     return {
         START: Network(0, steps, adamw(steps), False),
         "abrupt ternary": Network(steps, 0, connect, True),
@@ -116,6 +124,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, text: Text) -> None:
         self.settings, self.text, self.networks = settings, text, networks(settings)
+        self.rules = ternary(settings)
         for split in ("train", "held_out", "validation", "test"):
             if (length := len(getattr(text, split))) <= settings.context:
                 raise ValueError(

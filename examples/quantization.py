@@ -89,9 +89,9 @@ def continuation(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """λ by step, in phase I."""
     hard_step = max(1, round(config.hard_epoch * steps_per_epoch))
     strengths = {"linear": brx.linear_continuation, "cosine": brx.cosine_continuation}
-    if config.lam_schedule in strengths:
-        return strengths[config.lam_schedule](hard_step)
-    if config.lam_schedule == "sigmoid":
+    if config.lam_shape in strengths:
+        return strengths[config.lam_shape](hard_step)
+    if config.lam_shape == "sigmoid":
         return brx.sigmoid_continuation(hard_step, config.lam_steepness)
     if config.lam_growth is not None:
         return brx.geometric_continuation(

@@ -181,7 +181,7 @@ def test_the_budget_says_what_is_missing(done, capsys):
 
 def test_the_float_start_is_what_the_training_program_makes_of_its_options():
     options = "--dataset cifar10 --model resnet8 --image-size 16 --epochs 15 --method float"
-    out = "--metrics-every 0 --seed 3 --out runs/accuracy/float-seed3"
+    out = "--metrics-every 0 --lam-schedule geometric --seed 3 --out runs/accuracy/float-seed3"
     (run,) = plan("--seeds", "3", "--methods", "parq", base=BASE)
     assert cli.parse([*options.split(), *out.split()])[0] == run.start.config
     assert run.config.warm_start == run.start.config.out
@@ -204,6 +204,21 @@ def test_a_name_says_all_that_differs():
     assert run.start.name == "float-augment-True-seed0"
     (scratch,) = plan("--methods", "parq", "--override", "warm_start=none")
     assert (scratch.name, scratch.start) == ("binary-parq-2ep-scratch-seed0", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule", "said"),
+    [
+        ([], "linear", "-lam_schedule-linear"),
+        (["lam_schedule=geometric"], "geometric", ""),
+        (["lam_start=0.1"], "geometric", "-lam_start0.1"),
+    ],
+)
+def test_from_scratch_the_strength_is_linear_unless_told(changes, schedule, said):
+    options = ["--methods", "binary_relax", "--override", "warm_start=none", *changes]
+    (run,) = plan(*options)
+    assert run.config.lam_schedule == schedule
+    assert run.name == f"binary-binary_relax-2ep-scratch{said}-seed0"
 
 
 def test_no_name_means_two_things_when_a_methods_settings_change(monkeypatch):

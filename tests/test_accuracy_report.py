@@ -58,7 +58,7 @@ def test_the_tables_arithmetic(capsys):
     assert (relax["n"], relax["by seed"]) == ("3", "0: 72.00, 1: 73.00, 2: 77.00")
     assert relax["minus BinaryConnect"] == "+2.00 ± 0.58 (n = 3)"
     assert relax["of the gap to the start"] == "25%"
-    assert relax["of the gap to float continued"] == "17%"
+    assert relax["of the gap to float, as long"] == "17%"
     assert (parq["n"], parq["test accuracy"]) == ("2", "71.50 ± 0.71")
     assert parq["minus BinaryConnect"] == "+0.50 ± 0.50 (n = 2)"
     assert parq["of the gap to the start"] == "6%"  # 1 of 9 + 8
@@ -96,7 +96,7 @@ def test_without_a_gap_no_share_is_closed(capsys):
     made("binary_relax", [71])
     assert grid(*REPORT) == 0
     relax = table_of(capsys.readouterr().out)[-1]
-    assert relax["of the gap to the start"] == relax["of the gap to float continued"] == "–"
+    assert relax["of the gap to the start"] == relax["of the gap to float, as long"] == "–"
     assert relax["minus BinaryConnect"] == "+1.00 (n = 1)"
 
 

@@ -64,6 +64,19 @@ def test_options_override_the_preset_and_the_preset_the_defaults():
     assert cli.parse([])[0] == Config()
 
 
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({}, "linear"),
+        ({"warm_start": "runs/float"}, "geometric"),
+        ({"lam_growth": 1.5}, "geometric"),
+        ({"warm_start": "runs/float", "lam_schedule": "cosine"}, "cosine"),
+    ],
+)
+def test_lam_grows_as_the_start_and_the_options_say(settings, shape):
+    assert Config(**settings).lam_shape == shape
+
+
 def test_the_paper_preset_is_the_authors_recipe():
     config = Config(**PRESETS["paper"])
     lam, lr = continuation(config, 390), learning_rate(config, 390)

@@ -1,5 +1,6 @@
 """The language model example: text, model, networks, what a run keeps, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 import brelax_jax as brx
 from examples import language_model, language_training, text
 from examples.language_model import Run, measured, row, spread
-from examples.language_training import TERNARY, Settings, Trainer
+from examples.language_training import Settings, Trainer
 from examples.progress import Progress
 from tests import oracles
 
@@ -28,6 +29,7 @@ TINY = Settings(
     steps=20,
     further_steps=20,
     warmup=2,
+    set="ternary",
 )
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
 KERNELS = {f"block_0/{name}/kernel" for name in ("qkv", "out", "up", "down")}
@@ -429,7 +431,11 @@ def test_help_names_every_setting(capsys):
         assert option.split("=")[0] in shown
 
 
-def test_the_head_and_embeddings_stay_float():
-    assert TERNARY.set_of("head/kernel", jnp.ones((8, 12))) is None
-    assert TERNARY.set_of("characters/embedding", jnp.ones((12, 8))) is None
-    assert TERNARY.set_of("block_0/up/kernel", jnp.ones((8, 32))) == TERNARY.default
+@pytest.mark.parametrize(("name", "kind"), language_training.SETS.items())
+def test_kernels_get_the_set_and_the_head_and_embeddings_stay_float(name, kind):
+    rules = language_training.ternary(dataclasses.replace(TINY, set=name))
+    assert rules.set_of("head/kernel", jnp.ones((8, 12))) is None
+    assert rules.set_of("characters/embedding", jnp.ones((12, 8))) is None
+    assert rules.set_of("block_0/up/kernel", jnp.ones((8, 32))) == kind(
+        granularity=brx.PerChannel()
+    )

@@ -98,6 +98,10 @@ def test_a_plan_needs_only_the_number_of_steps(shape, steps):
         assert [lam(0), lam(last)] == [0, np.inf]
 
 
+def test_a_plan_is_linear_unless_told():
+    np.testing.assert_allclose(brx.continuation(1000).lam(375), 1, rtol=1e-6)
+
+
 def test_a_plan_with_another_phase_two():
     lam, hard_from = brx.continuation(1000, "linear", hard_share=0.1)
     assert hard_from == 900
