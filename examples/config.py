@@ -80,7 +80,7 @@ class Config:
         None,
         "quantization",
         "growth of λ, or of the strength from 0 to 1 (linear from scratch; geometric with "
-        "--warm-start, or if a number of the geometric growth is given)",
+        "--warm-start, or if a number of the geometric growth is changed)",
         ("geometric", "linear", "cosine", "sigmoid"),
     )
     lam_start: float = setting(1.0, "quantization", "geometric: λ in the first step")
@@ -175,8 +175,11 @@ class Config:
         """How λ grows: from scratch networks end better if it begins at 0, from float weights if it
         begins higher (docs/accuracy.md).
         """
-        numbers = (self.lam_start, self.lam_end, self.lam_growth)
-        geometric = self.warm_start is not None or numbers != (1.0, 100.0, None)
+        changed = any(
+            getattr(self, name) != getattr(Config, name)
+            for name in ("lam_start", "lam_end", "lam_growth")
+        )
+        geometric = self.warm_start is not None or changed
         return self.lam_schedule or ("geometric" if geometric else "linear")
 
     def to_json(self) -> dict[str, Any]:
