@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 import brelax_jax as brx
-from examples.config import Config
-from examples.data import Data, Split
-from examples.steps import Trainer
+from examples.train.config import Config
+from examples.train.data.load import Data, Split
+from examples.train.steps import Trainer
 
 RUNS = 15
 STEPS = 40

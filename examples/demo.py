@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples import data, plots
-from examples.config import PRESETS, Config
-from examples.loop import run
-from examples.progress import Progress
-from examples.report import table
+from examples.runs import plots
+from examples.runs.progress import Progress
+from examples.runs.report import table
+from examples.train.config import PRESETS, Config
+from examples.train.data import load as data
+from examples.train.loop import run
 
 METHODS = {"binary_connect": "BinaryConnect", "binary_relax": "BinaryRelax"}
 

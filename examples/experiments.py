@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from examples.cli import parse
+from examples.train.cli import parse
 
 CIFAR = ("cifar10", "cifar100")
 PRESETS: dict[tuple[str, str], str] = {

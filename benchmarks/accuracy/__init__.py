@@ -1,0 +1,1 @@
+"""Methods × sets × seeds on CIFAR-10: `python -m benchmarks.accuracy`."""

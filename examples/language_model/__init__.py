@@ -1,0 +1,1 @@
+"""A ternary language model: `python -m examples.language_model --help`."""

@@ -1,0 +1,1 @@
+"""What programs share about a run: its log, checkpoints, progress, report and pictures."""

@@ -1,0 +1,1 @@
+"""Trains an image classifier: `python -m examples.train --help`."""

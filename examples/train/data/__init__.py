@@ -1,0 +1,1 @@
+"""Labelled images: loading, splits, augmentation."""

@@ -1,0 +1,267 @@
+"""Image classification data: scikit-learn's digits, or any such TFDS dataset that is prepared, in
+memory if it is small.
+"""
+
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import textwrap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+from examples.train.data.splits import AnySplit, Split, Stream, centre_box, resized
+
+SPLIT_SEED = 0  # the same splits for every run, whatever its seed
+IN_MEMORY = 4 * 2**30  # bytes of training images, decoded, beyond which they are not kept
+SAMPLE = 1000  # images that say the moments of those that are not in memory
+KNOWN = ("digits", "cifar10", "cifar100", "imagenet2012")
+ALSO = (
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "emnist",
+    "svhn_cropped",
+    "cinic10",
+    "imagenette",
+    "food101",
+)
+
+PREPARE = """\
+{name} is not prepared in {place} (TFDS_DATA_DIR sets another place).
+To download and prepare it, once, in a clone of brelax_jax:
+    pip install ".[prepare]"
+    python -c "import tensorflow_datasets as tfds; \
+tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+The extra brings TensorFlow, which TFDS needs for this step only."""
+OFFLINE = "Without a network, try --dataset digits."
+
+BY_HAND = """
+Part of it has to be downloaded by hand before that; manual_dir is {manual}:
+{instructions}"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The splits of a dataset; `validation` is empty if none was held out."""
+
+    train: AnySplit
+    validation: AnySplit
+    test: AnySplit
+    classes: int
+
+    @property
+    def channel_moments(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and standard deviation of each channel over the training images, or over some that
+        lie evenly in a stream.
+        """
+        train = self.train
+        if isinstance(train, Stream):
+            train = train[np.linspace(0, len(train) - 1, min(SAMPLE, len(train))).astype(np.int64)]
+        counts = [
+            np.bincount(channel.ravel(), minlength=256)
+            for channel in np.moveaxis(train.images, -1, 0)
+        ]
+        values, weights = np.arange(256), np.array(counts) / (train.images[..., 0].size)
+        mean = weights @ values
+        return mean.astype(np.float32), np.sqrt(weights @ values**2 - mean**2).astype(np.float32)
+
+
+def load(
+    name: str,
+    image_size: int | None = None,
+    validation: float = 0.0,
+    train_examples: int | None = None,
+    progress: bool = True,
+    stream: str = "auto",
+) -> Data:
+    """Loads a dataset, and holds a share of its training split out for validation: the same share
+    of every class, if it is in memory.
+
+    Args:
+      name: digits, or the name of a TFDS dataset.
+      image_size: side of the squares to resize images to, in pixels.
+      validation: the share to hold out.
+      train_examples: how many of the training split to keep, at most.
+      progress: whether to show a bar while images are decoded.
+      stream: "yes" reads and decodes images as they are needed, "no" keeps all of them in memory;
+        "auto" keeps them if they take no more than `IN_MEMORY`.
+
+    Raises:
+      ValueError: if the name is not known, or the dataset not one of labelled images.
+      FileNotFoundError: if it has to be prepared first; the message says how.
+    """
+    if name != "digits":
+        train, test, classes = _tfds(name, image_size, progress, stream)
+    elif stream == "yes":
+        raise ValueError("--stream yes: the digits are always in memory; give a TFDS dataset.")
+    else:
+        train, test, classes = _digits(image_size)
+    held_out = train.part(np.arange(0))
+    if validation:
+        few = int(validation * len(train))
+        if few < classes:
+            raise ValueError(
+                f"--validation {validation} holds {few} of {len(train)} examples out, fewer than "
+                f"the {classes} classes: hold out more of them, or 0."
+            )
+        train, held_out = _divided(train, validation)
+    if train_examples is not None and train_examples < len(train):
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
+        train = train.part(order[:train_examples])
+    return Data(train, held_out, test, classes)
+
+
+def _divided(split: AnySplit, share: float) -> tuple[AnySplit, AnySplit]:
+    """Two parts, with the same share of every class where labels are in memory."""
+    labels = split.labels if isinstance(split, Split) else None
+    kept, held_out = train_test_split(
+        np.arange(len(split)), test_size=share, stratify=labels, random_state=SPLIT_SEED
+    )
+    return split.part(np.sort(kept)), split.part(np.sort(held_out))
+
+
+def _digits(image_size: int | None) -> tuple[AnySplit, AnySplit, int]:
+    """1,797 handwritten digits of 8 by 8 pixels, a quarter of them for the test."""
+    digits: Any = load_digits()
+    images = (digits.images * 255 / 16).round().astype(np.uint8)[..., None]
+    images = np.stack([_resized(image, image_size) for image in images])
+    train, test = _divided(Split(images, digits.target.astype(np.int32)), 0.25)
+    return train, test, 10
+
+
+def _tfds(
+    name: str, image_size: int | None, progress: bool, stream: str
+) -> tuple[AnySplit, AnySplit, int]:
+    builder = _builder(name)
+    splits, features = builder.info.splits, builder.info.features
+    held_out = next((s for s in ("test", "validation") if _has_labels(builder, s)), None)
+    if held_out is None or "train" not in splits:
+        raise ValueError(
+            f"{name!r} needs a train and a labelled test split, but has {list(splits)}."
+        )
+    if stream == "auto":
+        decoded = splits["train"].num_examples * math.prod(_shape(builder, image_size or 224))
+        stream = "yes" if decoded > IN_MEMORY else "no"
+    if stream == "yes":
+        parts = [_streamed(builder, split, image_size) for split in ("train", held_out)]
+    else:
+        parts = [_decoded(builder, split, image_size, progress) for split in ("train", held_out)]
+    return parts[0], parts[1], features["label"].num_classes
+
+
+def _builder(name: str) -> Any:
+    """TFDS's builder of a dataset that is prepared."""
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # it would recommend OpenCV, and warn of what is asked here
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    if name.split("/")[0].split(":")[0] not in known:
+        close = difflib.get_close_matches(name, known)
+        raise ValueError(
+            f"Unknown dataset {name!r}. Known: {', '.join(KNOWN)}, and every image classification "
+            f"dataset of TFDS, such as {', '.join(ALSO)}."
+            + (f" Did you mean {' or '.join(close)}?" if close else "")
+        )
+    builder: Any = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
+    features = builder.info.features
+    if not {"image", "label"} <= set(features or ()):
+        raise ValueError(
+            f"{name!r} is not an image classification dataset: its features are {list(features)}."
+        )
+    if not builder.is_prepared():
+        raise FileNotFoundError(_how_to_prepare(name, builder, builder.data_path))
+    if builder.info.file_format.value not in ("array_record", "parquet"):  # no random access
+        remedy = _how_to_prepare(name, builder, "the format array_record")
+        raise FileNotFoundError(
+            f"{builder.data_path} is of the format {builder.info.file_format.value}, which needs "
+            f"TensorFlow to be read. Remove it, or set TFDS_DATA_DIR to another place.\n{remedy}"
+        )
+    return builder
+
+
+def _how_to_prepare(name: str, builder: Any, place: str) -> str:
+    instructions, by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS, ""
+    if instructions:
+        manual = os.path.join(builder.data_dir_root, "downloads", "manual")
+        by_hand = BY_HAND.format(
+            manual=manual, instructions=textwrap.indent(textwrap.dedent(instructions), "    ")
+        ).rstrip()
+    return PREPARE.format(name=name, place=place) + f"{by_hand}\n{OFFLINE}"
+
+
+def _has_labels(builder: Any, split: str) -> bool:
+    """Whether there is such a split with labels; TFDS labels what has none by -1."""
+    return split in builder.info.splits and _encoded(builder, split)[0]["label"] >= 0
+
+
+def _encoded(builder: Any, split: str) -> Any:
+    """The records of a split, their images not decoded."""
+    from tensorflow_datasets.core.decode import SkipDecoding
+
+    return builder.as_data_source(split=split, decoders={"image": SkipDecoding()})
+
+
+def _shape(builder: Any, side: int | None) -> tuple[int, int, int]:
+    """The shape of all images, when they are resized to this side.
+
+    Raises:
+      ValueError: if no side is given and they are not squares of one size.
+    """
+    height, width, channels = builder.info.features["image"].shape
+    if side is None and (height is None or height != width):
+        raise ValueError(
+            f"The images of {builder.name!r} differ in size, or are no squares: give one, as in "
+            "--image-size 224."
+        )
+    return side or height, side or width, channels
+
+
+def _streamed(builder: Any, split: str, image_size: int | None) -> Stream:
+    """A split that is decoded as it is needed."""
+    side, _, channels = _shape(builder, image_size)
+    source = _encoded(builder, split)
+    name = f"the {split} split of {builder.name}"
+    return Stream(name, source, side, channels, np.arange(len(source)))
+
+
+def _decoded(
+    builder: Any, split: str, image_size: int | None, progress: bool, chunk: int = 500
+) -> Split:
+    """All images of a split, decoded once."""
+    source = builder.as_data_source(split=split)
+    images, labels = [], []
+    with tqdm(
+        total=len(source),
+        desc=f"{builder.name} {split}",
+        unit="img",
+        disable=None if progress else True,
+    ) as bar:
+        for start in range(0, len(source), chunk):
+            rows = source.__getitems__(list(range(start, min(start + chunk, len(source)))))
+            labels.extend(row["label"] for row in rows)
+            images.extend(_resized(row["image"], image_size) for row in rows)
+            bar.update(len(rows))
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(
+            f"The images of {builder.name!r} differ in size: give one, as in --image-size 224."
+        )
+    return Split(np.stack(images), np.array(labels, np.int32))
+
+
+def _resized(image: NDArray[np.uint8], side: int | None) -> NDArray[np.uint8]:
+    """The centre square of an image, resized; the image itself if no side is given."""
+    height, width, channels = image.shape
+    if side is None or (height, width) == (side, side):
+        return image
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    return resized(picture, centre_box(width, height, 1), side)

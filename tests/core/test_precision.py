@@ -1,0 +1,139 @@
+"""Params in 16 bits and in 64: dtypes, exactness, and small updates that arrive."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import brelax_jax as brx
+from tests.helpers.training import normal, trace_of
+
+BINARY = brx.Binary()
+FORMS = {
+    "wrapper": brx.binary_relax,
+    "chain": lambda base, *args, **kwargs: optax.chain(base, brx.relax_params(*args, **kwargs)),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@every_form
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(form, dtype):
+    """Updates have the params' dtype; float weights at least float32, unless asked otherwise."""
+    params = {"kernel": normal(0, 4, 4, dtype=dtype)}
+    for float_dtype in ("float32", dtype):
+        optimizer = FORMS[form](optax.sgd(0.1), BINARY, 1.0, 3, float_dtype=float_dtype)
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(params, state, params)
+            assert updates["kernel"].dtype == dtype
+            assert brx.float_params(state, params)["kernel"].dtype == float_dtype
+            assert brx.quantized_params(state, params)["kernel"].dtype == dtype
+
+
+def test_float64_params_keep_float64():
+    with jax.enable_x64(True):
+        params = {"kernel": normal(0, 4, 4, dtype="float64")}
+        optimizer = brx.binary_relax(optax.sgd(1e-12), BINARY, 0.0)
+        (after, state), *_ = trace_of(optimizer, params, [jax.tree.map(jnp.ones_like, params)])
+        assert brx.float_params(state, after)["kernel"].dtype == np.float64
+        np.testing.assert_allclose(params["kernel"] - after["kernel"], 1e-12, rtol=1e-3)
+
+
+SMALL = {
+    "chain, phase I": lambda dtype: optax.chain(
+        optax.sgd(1e-4), brx.relax_params(BINARY, 1.0, None, dtype)
+    ),
+    "phase I": lambda dtype: brx.binary_relax(optax.sgd(1e-4), BINARY, 1.0, None, dtype),
+    "both phases": lambda dtype: brx.binary_relax(optax.sgd(1e-4), BINARY, 1.0, 500, dtype),
+    "binary_connect": lambda dtype: brx.binary_connect(optax.sgd(1e-4), BINARY, dtype),
+    "adam": lambda dtype: brx.binary_relax(optax.adam(1e-4, eps=1e-4), BINARY, 1.0, 500, dtype),
+}
+
+
+def after_a_thousand(optimizer, params):
+    """Updates by a gradient of ones, which SGD and Adam alike turn into steps of 1e-4."""
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, optimizer.init(params))
+    (params, state), _ = jax.lax.scan(body, carry, length=1000)
+    return params["kernel"].astype("float32"), brx.float_params(state, params)["kernel"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", SMALL)
+def test_small_updates_of_16_bit_params_arrive(case, dtype):
+    """A thousand of 1e-4 of the weight: the dtype alone would lose every one."""
+    ones = {"kernel": jnp.ones((2, 2), dtype)}
+    params, floats = after_a_thousand(SMALL[case]("float32"), ones)
+    np.testing.assert_allclose(floats, 0.9, rtol=1e-3)
+    np.testing.assert_allclose(params, 0.9, rtol=1e-2)  # bfloat16 scales of phase II have 7 bits
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_bfloat16_float_weights_lose_small_updates(case):
+    """Documented: that is what `float_dtype` is for."""
+    params, floats = after_a_thousand(
+        SMALL[case]("bfloat16"), {"kernel": jnp.ones((2, 2), "bfloat16")}
+    )
+    np.testing.assert_array_equal(floats.astype("float32"), 1)
+    np.testing.assert_allclose(params, 1, rtol=5e-3)
+
+
+SETS = {
+    "hidden": brx.TernaryThreshold(granularity=brx.PerChannel()),
+    "out": brx.Binary(granularity=brx.PerChannel()),
+}
+RULES = brx.select(*((name, qset) for name, qset in SETS.items()))
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["hidden"]) @ params["out"]
+
+
+@pytest.mark.parametrize("float_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_training_ends_with_as_many_values_as_levels(dtype, float_dtype):
+    """In every step of phase II, bit for bit, in the params' own dtype; and it has learnt."""
+    with jax.enable_x64(dtype == "float64"):
+        cast = functools.partial(normal, dtype=dtype)
+        start, x = {"hidden": cast(0, 8, 6), "out": cast(1, 6, 3)}, cast(2, 64, 8)
+        teacher = {name: qset.project(cast(5, *start[name].shape)) for name, qset in SETS.items()}
+
+        def loss(params):
+            return jnp.mean((network(params, x) - network(teacher, x)) ** 2)
+
+        optimizer = brx.binary_relax(optax.adam(0.03, eps=1e-4), RULES, 1.0, 60, float_dtype)
+
+        def body(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), (params, brx.quantized_params(state, params), loss(params))
+
+        run = jax.jit(lambda carry: jax.lax.scan(body, carry, length=80))
+        (params, state), trace = run((start, optimizer.init(start)))
+        hard, quantized, losses = jax.tree.map(lambda leaf: leaf[60:], trace)
+        for name, qset in SETS.items():
+            assert params[name].dtype == dtype
+            y = brx.float_params(state, params)[name]
+            assert y.dtype == jnp.promote_types(dtype, float_dtype)
+            assert y.dtype != np.float32 or len(np.unique(y)) > 12
+            np.testing.assert_array_equal(hard[name], quantized[name])
+            groups = (
+                np.asarray(hard[name].astype(float)).swapaxes(1, 2).reshape(-1, len(params[name]))
+            )
+            assert max(len(np.unique(group)) for group in groups) <= len(qset.levels)
+            wanted = qset.project(y)
+            np.testing.assert_allclose(params[name].astype(float), wanted.astype(float), rtol=2e-2)
+        projected = {name: qset.project(start[name]) for name, qset in SETS.items()}
+        assert losses.astype(float).mean() < 0.7 * float(loss(projected))

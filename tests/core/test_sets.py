@@ -1,0 +1,435 @@
+"""The sets: against slow references, by the conditions of optimality, and by what different sets
+share."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brelax_jax as brx
+from tests.helpers import oracles
+
+SHAPE = (8, 2, 16)  # one shape for most tests, so that each set and granularity compiles once
+
+GRANULARITIES = {
+    "tensor": (brx.PerTensor(), lambda shape: oracles.channel_groups(shape, ())),
+    "channel": (brx.PerChannel(), lambda shape: oracles.channel_groups(shape, (-1,))),
+    "block": (brx.PerBlock(4, axis=0), lambda shape: oracles.block_groups(shape, 4, 0)),
+}
+
+SETS = {
+    "binary": brx.Binary(),
+    "ternary": brx.Ternary(),
+    "threshold": brx.TernaryThreshold(),
+    "uniform8": brx.Uniform(8),
+    "powers": brx.PowerOfTwo(4),
+    "two-bit": brx.ScaledLevels((-3, -1, 1, 3)),
+}
+
+every_set = pytest.mark.parametrize("name", SETS)
+every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+
+# How far the squared error may lie above the least one: relative to it, and relative to Σw². The
+# second is float32's rounding, but for 8 bits, whose search ends before it has looked at every
+# basin of E.
+EXCESS = 1e-6, 1e-11  # of the least error, of the sum of squares
+
+
+@functools.cache
+def compiled(qset):
+    """project and quantize in one compiled function, kept over all tests; it gives NumPy arrays."""
+    both = jax.jit(lambda w: (qset.project(w), qset.quantize(w)))
+    return lambda w: jax.tree.map(np.asarray, both(w))
+
+
+dequantize = jax.jit(brx.Quantized.dequantize)
+
+
+def case(name, granularity="channel"):
+    """The compiled set, and its groups by the oracle's own bookkeeping."""
+    kind, groups = GRANULARITIES[granularity]
+    return compiled(dataclasses.replace(SETS[name], granularity=kind)), groups
+
+
+def data(seed=0, shape=SHAPE):
+    """Arrays of every kind that has tripped a search for the scale."""
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal(shape)
+    outlier = normal.copy()
+    outlier.flat[-1] = 1e4
+    clusters = np.where(rng.random(shape) < 0.9, 1, 100) * (1 + 0.1 * normal)
+    arrays = {
+        "normal": normal,
+        "laplace": rng.laplace(size=shape),
+        "student 2.5": rng.standard_t(2.5, shape),
+        "student 1.5": rng.standard_t(1.5, shape),
+        "outlier": outlier,
+        "clusters": clusters,
+        "sparse": normal * (rng.random(shape) < 0.05),
+        "integers": rng.integers(-3, 4, shape),
+        "constant": np.full(shape, -0.1),
+        "zeros": np.zeros(shape),
+        "huge": 1e38 * np.clip(normal, -3, 3),
+        "small": 1e-35 * normal,
+        "mixed": normal * np.logspace(-30, 30, shape[-1]),
+    }
+    return {kind: flushed(np.asarray(w, np.float32)) for kind, w in arrays.items()}
+
+
+def flushed(w):
+    """w without subnormal numbers, which XLA takes for zeros."""
+    return np.where(np.abs(w) < np.finfo(np.float32).tiny, w.dtype.type(0), w)
+
+
+def unit_points(quantized):
+    """q, the points at scale 1, in float64."""
+    codes = np.asarray(quantized.codes, int)
+    return np.where(codes < 0, -1, 1) * np.asarray(quantized.magnitudes)[np.abs(codes)]
+
+
+@every_set
+@every_granularity
+def test_every_group_against_its_oracle(name, granularity):
+    both, groups = case(name, granularity)
+    levels, (relative, absolute) = SETS[name].levels, EXCESS
+    for kind, w in data().items():
+        projection, quantized = both(w)
+        assert projection.shape == w.shape
+        assert projection.dtype == w.dtype
+        np.testing.assert_array_equal(projection, dequantize(quantized), err_msg=kind)
+        q, scales = unit_points(quantized), np.asarray(quantized.scale, np.float64)
+        assert set(np.unique(q)) <= set(levels)
+        for entries, place in groups(w.shape):
+            group, codes, scale = (
+                w[entries].ravel().astype(float),
+                q[entries].ravel(),
+                scales[place],
+            )
+            where = f"{kind}, group {place}: scale {scale}"
+            if name == "threshold":
+                expected, expected_scale, cut = oracles.ternary_threshold(group, 0.7)
+                clear = np.abs(np.abs(group) - cut) > 1e-5 * cut
+                assert (codes == expected)[clear].all(), where
+                if clear.all():
+                    np.testing.assert_allclose(scale, expected_scale, rtol=1e-5, err_msg=where)
+                continue
+            error = np.sum((group - scale * codes) ** 2)
+            energy = np.sum(group**2)
+            least = oracles.optimum(group, levels)[1]
+            assert error <= least * (1 + relative) + absolute * energy, where
+            # Every entry is at its nearest level, and the scale is the best one for these codes.
+            nearest = oracles.error(group, scale, levels)
+            assert error <= nearest * (1 + 1e-5) + 1e-12 * energy, where
+            if codes @ group > 0:
+                best = (codes @ group) / (codes @ codes)
+                np.testing.assert_allclose(scale, best, rtol=1e-5, err_msg=where)
+
+
+def test_binary_and_ternary_down_to_the_smallest_normal_numbers():
+    w = flushed(data()["normal"] * np.float32(1e-37))
+    for name, oracle in {"binary": oracles.binary, "ternary": oracles.ternary}.items():
+        both, groups = case(name)
+        scale = np.asarray(both(w)[1].scale, np.float64)
+        for entries, place in groups(w.shape):
+            np.testing.assert_allclose(scale[place], oracle(w[entries].ravel())[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_constant_near_the_largest_number(name):
+    w = np.full(SHAPE, 1e38, np.float32)
+    np.testing.assert_allclose(case(name)[0](w)[0], w, rtol=1e-6)
+
+
+def test_ternary_where_alternating_minimization_fails():
+    """One group of heavy-tailed weights: from the customary starts the error ends far above the
+    least."""
+    w = np.random.default_rng(0).standard_t(1.5, 36_864).astype(np.float32)
+    quantized = jax.jit(brx.Ternary().quantize)(w)
+    error = np.sum((w - float(quantized.scale[0]) * unit_points(quantized)) ** 2)
+    assert error <= oracles.ternary(w)[1] * (1 + 1e-6)
+
+
+# What the sets share
+
+
+def test_four_spellings_of_the_ternary_set():
+    sets = [brx.Ternary(), brx.Uniform(2), brx.PowerOfTwo(2), brx.ScaledLevels((-1, 0, 1))]
+    assert {qset.levels for qset in sets} == {(-1.0, 0.0, 1.0)}
+    w = data()["student 1.5"]
+    projections = [np.asarray(compiled(qset)(w)[0]) for qset in sets[::2]]
+    np.testing.assert_array_equal(*projections)
+
+
+def test_binary_and_its_levels_differ_in_nothing():
+    w = data()["laplace"]
+    by_levels = jax.jit(brx.ScaledLevels((-2, 2)).project)(w)  # any one magnitude is the same set
+    np.testing.assert_allclose(by_levels, compiled(brx.Binary())(w)[0], rtol=1e-6)
+
+
+@every_set
+@pytest.mark.parametrize("kind", ["normal", "student 1.5", "integers"])
+def test_symmetries(name, kind):
+    both, _ = case(name)
+    w = data()[kind]
+    projection, quantized = both(w)
+    # A power of two passes through the arithmetic unchanged.
+    for factor in (2.0**20, 2.0**-20):
+        np.testing.assert_array_equal(
+            both(w * np.float32(factor))[0], np.float32(factor) * projection
+        )
+    # Signs: only a zero, which Binary and its like send to the least positive level, has no mirror
+    # image.
+    negative = both(-w)[0]
+    np.testing.assert_array_equal(np.where(w == 0, projection, -negative), projection)
+    # The order of a group's entries changes nothing but rounding.
+    flipped, flipped_codes = both(w[::-1, ::-1])
+    if name != "uniform8":  # its search may end in another basin
+        np.testing.assert_allclose(flipped[::-1, ::-1], projection, rtol=1e-5)
+        if kind != "integers":  # their codes may all be even: half the codes, twice the scale
+            np.testing.assert_allclose(flipped_codes.scale, quantized.scale, rtol=1e-5)
+    # A point on the set stays where it is.
+    np.testing.assert_allclose(both(projection)[0], projection, rtol=2e-6)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_zero_projects_to_the_least_magnitude_and_plus(zero):
+    w = np.resize(np.array([zero, -3, 3, -1], np.float32), SHAPE)
+    points = {
+        "binary": [1.75, -1.75, 1.75, -1.75],
+        "two-bit": [0.95, -2.85, 2.85, -0.95],
+        "threshold": [0, -3, 3, 0],
+    }
+    for name, expected in points.items():
+        projection = case(name, "tensor")[0](w)[0]
+        np.testing.assert_allclose(projection, np.resize(expected, SHAPE), rtol=1e-6)
+        assert not np.signbit(projection[..., ::4]).any()
+
+
+@pytest.mark.parametrize("name", ["binary", "threshold", "ternary"])
+def test_a_scalar_is_its_own_projection(name):
+    projection, scalar = compiled(SETS[name])(jnp.float32(-2.5))
+    assert projection.shape == scalar.codes.shape == scalar.scale.shape == ()
+    assert float(dequantize(scalar)) == float(projection) == -2.5
+
+
+@pytest.mark.parametrize("name", ["binary", "threshold", "powers"])
+def test_a_block_of_one_is_its_own_projection(name):
+    w = data()["student 1.5"][0]
+    alone = dataclasses.replace(SETS[name], granularity=brx.PerBlock(1))
+    np.testing.assert_allclose(compiled(alone)(w)[0], w, rtol=1e-6)
+
+
+# NaN, infinity, nothing at all
+
+
+@every_set
+def test_nan_and_infinity_stay_in_their_group(name):
+    both, _ = case(name)
+    w = data()["normal"]
+    clean, spoiled = both(w)[0], w.copy()
+    spoiled[2, 1, 3], spoiled[0, 0, 5], spoiled[7, 0, 9] = np.nan, np.inf, -np.inf
+    projection, quantized = both(spoiled)
+    kept = np.delete(np.arange(SHAPE[-1]), [3, 5, 9])
+    assert np.isnan(projection[..., [3, 5, 9]]).all()
+    np.testing.assert_allclose(projection[..., kept], clean[..., kept], rtol=1e-6)
+    np.testing.assert_array_equal(dequantize(quantized), projection)
+
+
+@every_set
+@every_granularity
+def test_empty_arrays_pass_through(name, granularity):
+    both, groups = case(name, granularity)
+    for shape in [(8, 0), (0, 2, 16)]:
+        projection, quantized = both(np.zeros(shape, np.float32))
+        assert projection.shape == quantized.codes.shape == dequantize(quantized).shape == shape
+        assert quantized.scale.size == len(list(groups(shape)))
+        assert not np.isnan(quantized.scale).any()
+
+
+# dtypes and transformations
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(["binary", "ternary", "threshold"], ["bfloat16", "float16"]),
+        ("powers", "bfloat16"),
+    ],
+)
+def test_16_bit_weights_have_scales_of_32_bits(name, dtype):
+    both, groups = case(name)
+    for kind in ("normal", "student 1.5", "integers", "zeros"):
+        w = jnp.asarray(data()[kind], dtype)
+        projection, quantized = both(w)
+        assert projection.dtype == dequantize(quantized).dtype == quantized.dtype == w.dtype
+        assert quantized.scale.dtype == jnp.float32
+        np.testing.assert_array_equal(projection, dequantize(quantized))
+        exact, q = np.asarray(w, np.float64), unit_points(quantized)
+        for entries, place in groups(w.shape):
+            group, points = (
+                exact[entries].ravel(),
+                float(quantized.scale[place]) * q[entries].ravel(),
+            )
+            error = np.sum((group - points) ** 2)
+            if name == "threshold":
+                codes, scale, _ = oracles.ternary_threshold(group, 0.7)
+                np.testing.assert_allclose(points, scale * codes, rtol=1e-5)
+            else:
+                least = oracles.optimum(group, SETS[name].levels)[1]
+                assert error <= least * (1 + 1e-6) + 1e-11 * np.sum(group**2), (kind, place)
+
+
+@pytest.mark.parametrize("name", ["binary", "ternary", "threshold"])
+def test_float64_is_computed_in_float64(name):
+    w = np.random.default_rng(0).standard_t(2.5, SHAPE)
+    with jax.enable_x64(True):
+        both, groups = case(name)
+        projection, quantized = both(w)
+        assert (
+            projection.dtype == dequantize(quantized).dtype == quantized.scale.dtype == jnp.float64
+        )
+        for entries, place in groups(SHAPE):
+            group = w[entries].ravel()
+            q = unit_points(quantized)[entries].ravel()
+            best = (q @ group) / (q @ q)  # to a precision that float32 does not have
+            np.testing.assert_allclose(quantized.scale[place], best, rtol=1e-12)
+            if name != "threshold":
+                error = np.sum((group - best * q) ** 2)
+                assert error <= oracles.optimum(group, SETS[name].levels)[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["binary", "ternary", "threshold"])
+def test_vmap_in_scan_is_one_array_after_the_other(name):
+    both, _ = case(name)
+    qset = dataclasses.replace(SETS[name], granularity=brx.PerChannel())
+    stack = np.stack([*data().values()][:4])
+    stack[1, 0, 0, 0] = np.nan  # a neighbour's NaN is not catching
+
+    @jax.jit
+    def scanned(stack):
+        def step(carry, pair):
+            return carry, jax.vmap(qset.quantize)(pair)
+
+        return jax.lax.scan(step, (), stack)[1]
+
+    quantized = scanned(stack.reshape(2, 2, *SHAPE))
+    for i, w in enumerate(stack):
+        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i // 2, i % 2], quantized)
+        np.testing.assert_allclose(dequantize(one), both(w)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["binary", "threshold"])
+def test_outside_jit_as_inside(name):
+    w = data()["student 2.5"]
+    both, _ = case(name)
+    qset = dataclasses.replace(SETS[name], granularity=brx.PerChannel())
+    projection, quantized = qset.project(w), qset.quantize(w)
+    np.testing.assert_array_equal(projection, quantized.dequantize())
+    np.testing.assert_allclose(projection, both(w)[0], rtol=1e-6)
+
+
+@every_set
+def test_quantized_is_a_pytree_of_codes_and_scale(name):
+    both, _ = case(name, "block")
+    quantized = both(data()["normal"])[1]
+    assert quantized.codes.dtype == jnp.int8
+    assert quantized.codes.shape == SHAPE
+    assert quantized.scale.shape == (2, 2, 16)
+    assert quantized.magnitudes[0] == 0
+    assert set(quantized.magnitudes) - {0} == {level for level in SETS[name].levels if level > 0}
+    leaves, _ = jax.tree.flatten(quantized)
+    assert [id(leaf) for leaf in leaves] == [id(quantized.codes), id(quantized.scale)]
+    doubled = jax.jit(lambda x: dataclasses.replace(x, scale=2 * x.scale))(quantized)
+    assert isinstance(doubled, brx.Quantized)
+    np.testing.assert_array_equal(dequantize(doubled), 2 * np.asarray(dequantize(quantized)))
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [("binary", "tensor"), ("ternary", "block"), ("threshold", "channel")],
+)
+def test_derivative_against_finite_differences(name, granularity):
+    """Where no code changes, the projection is linear in w: a difference quotient is exact but for
+    rounding."""
+    rng = np.random.default_rng(0)
+    w, tangent = rng.standard_normal((2, *SHAPE))
+    qset = dataclasses.replace(SETS[name], granularity=GRANULARITIES[granularity][0])
+    with jax.enable_x64(True):
+        jvp = jax.jit(lambda w, tangent: jax.jvp(qset.project, (w,), (tangent,)))
+        step = 1e-7
+        _, derivative = jvp(w, tangent)
+        ahead, behind = jvp(w + step * tangent, tangent)[0], jvp(w - step * tangent, tangent)[0]
+        np.testing.assert_allclose(derivative, (ahead - behind) / (2 * step), atol=1e-6)
+        if name != "ternary":  # spare the second compilation
+            # It is the orthogonal projection onto q, so its own transpose.
+            transposed = jax.jit(lambda w, ct: jax.vjp(qset.project, w)[1](ct)[0])(w, tangent)
+            np.testing.assert_allclose(transposed, derivative, atol=1e-12)
+
+
+def test_derivative_at_zero_weights_is_zero_and_not_nan():
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(brx.TernaryThreshold().project(w))))
+    np.testing.assert_array_equal(gradient(jnp.zeros(3)), 0)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("w", [jnp.arange(3), jnp.array([True]), jnp.array([1j])], ids=repr)
+@pytest.mark.parametrize("operation", ["project", "quantize"])
+def test_only_floating_weights(w, operation):
+    with pytest.raises(TypeError, match=rf"w must be .*floating.*{w.dtype}.*float32"):
+        getattr(brx.Binary(), operation)(w)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(brx.Uniform, 8), (brx.PowerOfTwo, 5)])
+@pytest.mark.parametrize("value", [-3, 0, 1, 9, 2.0, 2.5, "4", None, True])
+def test_bits_out_of_range_or_not_an_integer(bits, most, value):
+    message = rf"bits must be .*from 2 to {most} for {bits.__name__}, got {value!r}"
+    with pytest.raises(ValueError, match=message):
+        bits(value)
+
+
+def test_bits_at_the_limit_and_one_bit():
+    assert len(brx.Uniform(8).levels) == 255
+    assert brx.PowerOfTwo(5).levels[-1] == 128
+    assert brx.Uniform(np.int64(4)) == brx.Uniform(4)
+    with pytest.raises(ValueError, match=r"for one bit use Binary\(\)"):
+        brx.Uniform(1)
+    with pytest.raises(ValueError, match="from 2 to 5"):
+        brx.PowerOfTwo(6)
+
+
+@pytest.mark.parametrize(
+    ("levels", "fault"),
+    [
+        ((1, 0, -1), "ascend"),
+        ((-1, 2), "symmetric"),
+        ((0, 1), "symmetric"),
+        ((-1, 0, 0, 1), "repeat"),
+        ((-1, -0.0, 0.0, 1), "repeat"),
+        ((), "positive"),
+        ((0,), "positive"),
+        ((-np.inf, np.inf), "finite"),
+        ((-1, np.nan, 1), "finite"),
+        ((-1e20, 1e20), "1e-12 to 1"),
+        ((-1e7, -1e-7, 1e-7, 1e7), "within a factor of 1"),
+        ((-1e-20, 0, 1e-20), "1e-12 to 1"),
+        ((-1, 1j), "real numbers"),
+        (1.0, "real numbers"),
+        (tuple(range(-128, 129)), "at most 255.*int8"),
+    ],
+    ids=str,
+)
+def test_levels_that_make_no_set(levels, fault):
+    with pytest.raises(ValueError, match=rf"levels .*{fault}.*got"):
+        brx.ScaledLevels(levels)
+
+
+@pytest.mark.parametrize("factor", [0, -0.7, np.inf, np.nan, "0.7", None])
+def test_threshold_factor_out_of_range(factor):
+    with pytest.raises(ValueError, match=rf"factor must be .*positive.*got {factor!r}"):
+        brx.TernaryThreshold(factor)

@@ -1,0 +1,79 @@
+"""Two processes train a network to the params of one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import brelax_jax as brx
+from tests.helpers import meshes
+
+TIMEOUT = 600  # seconds, only so that nothing ever hangs
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def in_two_processes(steps, across, directory):
+    """What each process has before the first step and after each: (params, state)."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    command = [sys.executable, "-m", "tests.helpers.two_processes", str(free_port())]
+    outs = [directory / f"{process}.npz" for process in range(2)]
+    logs = [out.with_suffix(".log") for out in outs]
+    processes = []
+    try:
+        for process, (out, log) in enumerate(zip(outs, logs, strict=True)):
+            arguments = [str(process), str(steps), across, str(out)]
+            with log.open("w") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [*command, *arguments],
+                        cwd=Path(__file__).parents[2],
+                        env=environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        codes = [process.wait(TIMEOUT) for process in processes]
+        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    structure = jax.tree.structure(meshes.on_one_device()[0])
+    for out in outs:
+        with np.load(out) as arrays:
+            leaves = [arrays[name] for name in arrays.files]
+        size = structure.num_leaves
+        starts = range(0, len(leaves), size)
+        yield [jax.tree.unflatten(structure, leaves[start : start + size]) for start in starts]
+
+
+@pytest.mark.parametrize(
+    ("across", "steps"),
+    [
+        ("model", meshes.STEPS),
+        pytest.param("data", meshes.STEPS, marks=pytest.mark.soak),
+        pytest.param("model", 60, marks=pytest.mark.soak),
+    ],
+)
+def test_two_processes_train_to_the_params_of_one(across, steps, tmp_path):
+    first, second = in_two_processes(steps, across, tmp_path)
+    assert len(first) == steps + 1
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    for t, (_, wanted) in enumerate(meshes.on_one_device()):
+        meshes.assert_same(first[t][1], wanted, rtol=1e-6 * 10 ** (t / 3))  # rounding adds up
+    params, state = first[-1]
+    jax.tree.map(np.testing.assert_array_equal, params, brx.quantized_params(state, params))

@@ -1,0 +1,320 @@
+"""The accuracy grid: what interrupts it, what it refuses, and what it writes."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy.records import read_record, write_record
+from examples.runs.log import read
+from examples.train import loop
+from tests.helpers.killed import change
+from tests.helpers.tiny_grid import (
+    CONNECT,
+    OPTIONS,
+    PAGE,
+    PARQ,
+    RESULTS,
+    RUNS,
+    START,
+    TINY_BASE,
+    grid,
+    json_of,
+    table_of,
+)
+
+CLOCK = ("seconds", "sha256")
+
+
+def plan(*more, base=TINY_BASE):
+    return accuracy.plan(accuracy.parse([*OPTIONS, *more]), base)
+
+
+def results(directory="."):
+    """The JSONs by name, without what the clock has a part in."""
+    records = {p.stem: json.loads(p.read_text()) for p in (directory / RESULTS).glob("*.json")}
+    return {n: {k: v for k, v in r.items() if k not in CLOCK} for n, r in records.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(compiled_programs):
+    return compiled_programs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The directory of a grid that was not interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        assert grid() == 0
+    return directory
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def done(whole, empty):
+    """A copy of the grid as the working directory."""
+    shutil.copytree(whole, ".", dirs_exist_ok=True)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The epochs that are trained from here on, and when the data is loaded."""
+    found = []
+    epoch, load = loop.train_epoch, accuracy.load
+
+    def train_epoch(trainer, state, number, *rest):
+        found.append((Path(trainer.config.out).name, number))
+        return epoch(trainer, state, number, *rest)
+
+    def load_data(*args, **kwargs):
+        found.append("data")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_epoch", train_epoch)
+    monkeypatch.setattr(accuracy, "load", load_data)
+    return found
+
+
+# Interruptions.
+
+
+def test_what_was_killed_and_interrupted_goes_on(whole, empty, cache, trained, monkeypatch):
+    """By SIGKILL while a checkpoint is saved; then between a run's result and its JSON."""
+    environment = os.environ | cache | {"PYTHONPATH": str(Path(accuracy.__file__).parents[2])}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.programs.test_accuracy",
+        f"os.rename .*{CONNECT}.*/2[.]",
+    ]
+    killed = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:].decode()
+    assert list(results()) == [START]
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "write_record", interrupt)
+        assert grid() == 130
+    assert trained == ["data", (CONNECT, 2)]
+    assert list(results()) == [START]
+    trained.clear()
+    assert grid() == 0
+    assert trained == ["data", (PARQ, 1), (PARQ, 2)]
+    assert results() == results(whole)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_the_jsons_suffice(done, trained):
+    shutil.rmtree(RUNS)
+    assert grid() == 0
+    assert trained == []
+    assert not RUNS.exists()
+
+
+def test_a_start_whose_weights_are_gone_is_trained_again(whole, done, trained):
+    """And its JSON left as it is."""
+    before = json_of(START).read_bytes()
+    shutil.rmtree(RUNS)
+    json_of(CONNECT).unlink()
+    assert grid() == 0
+    assert trained == ["data", (START, 1), (CONNECT, 1), (CONNECT, 2)]
+    assert json_of(START).read_bytes() == before
+    assert results() == results(whole)
+
+
+@pytest.mark.parametrize("name", [PARQ, START])
+def test_what_another_process_is_at_work_on_is_left_to_it(done, trained, capsys, name):
+    """Nor does a run start from a start that is not there yet."""
+    json_of(PARQ).unlink()
+    json_of(name).unlink(missing_ok=True)
+    (run,) = plan("--methods", "parq")
+    with accuracy.claimed(run if name == PARQ else run.start) as ours:
+        assert ours
+        assert grid("--methods", "parq") == 0
+        printed = capsys.readouterr().out
+        assert f"{name}: another process is at work on it" in printed
+        assert f"0 of 1 runs are done.\nAt work elsewhere: {PARQ}" in printed
+        assert not json_of(PARQ).exists()
+    assert grid("--methods", "parq") == 0
+    assert json_of(PARQ).exists()
+    assert trained == []
+
+
+def test_the_budget_says_what_is_missing(done, capsys):
+    json_of(PARQ).unlink()
+    (RUNS / PARQ / "log.jsonl").unlink()
+    shutil.rmtree(RUNS / PARQ / "checkpoints" / "2")
+    seconds = [
+        line["seconds"]
+        for name in (START, CONNECT)
+        for line in read(RUNS / name / "log.jsonl")
+        if line["kind"] == "epoch"
+    ]
+    assert grid("--budget", "--sets", "binary", "ternary") == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\S+) +(\d/\d) +(.*)\n", printed) == [
+        (START, "1/1", "done"),
+        (CONNECT, "2/2", "done"),
+        (PARQ, "1/2", "half done"),
+        (CONNECT.replace("binary-", "ternary-", 1), "0/2", "missing"),
+        (PARQ.replace("binary-", "ternary-", 1), "0/2", "missing"),
+    ]
+    assert "5 runs of 9 epochs, 5 of them missing" in printed
+    assert f"at {np.median(seconds):.1f} s an epoch" in printed
+
+
+# JSONs.
+
+
+def test_a_json_holds_what_the_log_does(whole):
+    record = read_record(whole / RESULTS / f"{PARQ}.json")
+    lines = read(whole / RUNS / PARQ / "log.jsonl")
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    for name in ("loss", "strength", "validation_deployed", "validation_current"):
+        assert record["curve"][name] == [line[name] for line in epochs]
+    for name in ("test_deployed", "test_current", "bits_per_weight"):
+        assert record[name] == lines[-1][name]
+    assert record["versions"] == lines[0]["versions"]
+    assert record["settings"].items() <= {**lines[0]["config"], "warm_start": START}.items()
+    assert record["diverged"] is False
+    assert not {"out", "mesh", "tensorboard"} & record["settings"].keys()
+    sizes = {layer["path"]: layer["weights"] for layer in lines[-1]["layers"]}
+    assert len(set(sizes.values())) > 1
+    metrics = [line["layers"] for line in lines if line["kind"] == "metrics"]
+    for name in ("distance", "flips"):
+        means = [
+            sum(n * m[p][name] for p, n in sizes.items()) / sum(sizes.values()) for m in metrics
+        ]
+        np.testing.assert_allclose(record["curve"][name], means, rtol=1e-3)
+    assert record["curve"]["strength"][-1] == 1
+
+
+def altered(name, change):
+    """Changes a JSON as a hand would, but for the SHA-256."""
+    record = json.loads(json_of(name).read_text())
+    change(record)
+    json_of(name).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("more", [[], ["--report"]])
+def test_a_json_of_other_settings_is_refused(done, trained, capsys, more):
+    record = read_record(json_of(CONNECT))
+    record["settings"]["lr"] = 0.2
+    write_record(json_of(CONNECT), record)
+    assert grid(*more) == 2
+    error = capsys.readouterr().err
+    assert str(json_of(CONNECT)) in error
+    assert "lr: 0.2 there, 0.1 here" in error
+    assert trained == []
+
+
+def test_a_grid_of_another_base_is_refused(done, trained, capsys):
+    assert grid(base=dataclasses.replace(TINY_BASE, momentum=0.5)) == 2
+    error = capsys.readouterr().err
+    assert str(json_of(START)) in error or str(json_of(CONNECT)) in error
+    assert "momentum: 0.9 there, 0.5 here" in error
+    assert grid("--study", base=dataclasses.replace(TINY_BASE, momentum=0.5)) == 2
+    assert "binary-binary_connect-2ep-momentum0.9-seed0" in capsys.readouterr().err
+    assert trained == []
+
+
+@pytest.mark.parametrize("more", ["--report", "--study"])
+@pytest.mark.parametrize("number", ["test_deployed", "sha256", None])
+def test_an_altered_json_is_refused(done, capsys, more, number):
+    if number is None:
+        json_of(PARQ).write_text(json_of(PARQ).read_text()[:200])
+    else:
+        altered(PARQ, lambda record: record.update({number: 0.99}))
+    assert grid(more) == 2
+    error = capsys.readouterr().err
+    assert str(json_of(PARQ)) in error
+    assert ("is not the JSON of a run" if number is None else "has been altered") in error
+
+
+def test_a_json_under_another_name_is_refused(done, capsys):
+    json_of(PARQ).rename(json_of(PARQ.replace("parq", "proxquant")))
+    assert grid("--study") == 2
+    assert "proxquant" in capsys.readouterr().err
+
+
+def test_a_log_of_other_settings_is_refused(done, capsys):
+    json_of(PARQ).unlink()
+    log = RUNS / PARQ / "log.jsonl"
+    log.write_text(log.read_text().replace('"lr": 0.1,', '"lr": 0.2,', 1))
+    assert grid() == 2
+    error = capsys.readouterr().err
+    assert str(log) in error
+    assert "lr: 0.2 there, 0.1 here" in error
+
+
+def test_a_json_from_before_a_setting_was_there_counts(done, trained):
+    record = read_record(json_of(PARQ))
+    del record["settings"]["lam_steepness"]
+    write_record(json_of(PARQ), record)
+    assert grid() == 0
+    assert trained == []
+
+
+def test_a_run_that_diverges_is_reported(done, capsys):
+    wild = ["--methods", "binary_relax", "--override", "lr=1e30"]
+    assert grid(*wild) == 0
+    record = read_record(json_of("binary-binary_relax-2ep-lr1e+30-seed0"))
+    assert record["diverged"] is True
+    assert "nan" in record["curve"]["loss"]
+    capsys.readouterr()
+    assert grid(*wild, "--report") == 0
+    (row,) = table_of(capsys.readouterr().out)[1:]
+    assert (row["method"], row["test accuracy"]) == ("BinaryRelax", "diverged (1 of 1)")
+    assert row["by seed"] == "0: diverged"
+    assert grid("--study") == 0
+    assert "| diverged (1 of 1) |" in capsys.readouterr().out
+
+
+# The page.
+
+
+def test_the_report_takes_its_place_on_the_page(done):
+    PAGE.parent.mkdir()
+    PAGE.write_text("# Title\n\n<!-- 2ep: begin -->\nold\n<!-- 2ep: end -->\n\nConclusions.\n")
+    for _ in range(2):
+        assert grid("--report") == 0
+    page = PAGE.read_text()
+    assert page.startswith("# Title\n\n<!-- 2ep: begin -->\n| set |")
+    assert page.endswith("<!-- 2ep: end -->\n\nConclusions.\n")
+    assert "old" not in page
+    pictures = re.findall(r"\]\((.*?)\)", page)
+    assert len(pictures) == 3
+    assert all((PAGE.parent / name).stat().st_size > 10_000 for name in pictures)
+
+
+def killed(pattern):
+    """Runs the grid; SIGKILL at the first change to a file that matches the pattern."""
+
+    def hook(event, args):
+        found = change(event, args, os.getcwd())
+        if found and re.search(pattern, found):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return grid()
+
+
+if __name__ == "__main__":
+    sys.exit(killed(sys.argv[1]))

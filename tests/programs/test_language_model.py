@@ -1,0 +1,362 @@
+"""The language model example: model, networks, what a run keeps, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brelax_jax as brx
+from examples.language_model import __main__ as language_model
+from examples.language_model import text
+from examples.language_model import training as language_training
+from examples.language_model.__main__ import Run, measured, row, spread
+from examples.language_model.training import Settings, Trainer
+from examples.runs.progress import Progress
+from tests.helpers import oracles
+from tests.helpers.made_text import made_text
+
+TINY = Settings(
+    width=8,
+    layers=1,
+    heads=2,
+    context=8,
+    batch=4,
+    steps=20,
+    further_steps=20,
+    warmup=2,
+    set="ternary",
+)
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
+KERNELS = {f"block_0/{name}/kernel" for name in ("qkv", "out", "up", "down")}
+
+
+@pytest.fixture(scope="module")
+def made():
+    return text.encode(made_text(2000, 0), made_text(150, 1), made_text(150, 2))
+
+
+@pytest.fixture(scope="module")
+def trainer(made, compiled_programs):
+    return Trainer(TINY, made)
+
+
+@pytest.fixture(scope="module")
+def start(trainer):
+    return trainer.train("float", trainer.init(0), 0, Progress(0, quiet=True))[0]
+
+
+@pytest.fixture(scope="module")
+def relaxed(trainer, start):
+    return trainer.train("BinaryRelax", start, 0, Progress(0, quiet=True))
+
+
+@pytest.fixture(scope="module")
+def program(made, compiled_programs):
+    """The program with its data made, and without the network that takes long to compile."""
+    networks = language_training.networks
+
+    def run(*arguments, without=("BinaryConnect",)):
+        def fewer(settings):
+            return {n: each for n, each in networks(settings).items() if n not in without}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(language_model, "load", lambda: made)
+            patch.setattr(language_training, "networks", fewer)
+            return language_model.main([*OPTIONS, "--quiet", *arguments])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_run(program, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    assert program("--seeds", "0", "1", "--out", str(out)) == 0
+    return out
+
+
+def leaves(params):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+# Model.
+
+
+def test_a_later_character_changes_no_earlier_prediction(trainer, start):
+    codes = trainer.text.test[:16].reshape(2, 8)
+    before = trainer.logits(start, codes)
+    for place in range(1, 8):
+        changed = codes.copy()
+        changed[0, place] = (changed[0, place] + 1) % 12
+        after = trainer.logits(start, changed)
+        np.testing.assert_array_equal(after[0, :place], before[0, :place])
+        np.testing.assert_array_equal(after[1], before[1])
+        assert np.all(np.abs(after[0, place:] - before[0, place:]).max(axis=-1) > 1e-4)
+
+
+def test_places_are_told_apart(trainer, start):
+    """Without them attention would not see in which order the characters before came."""
+    codes = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [1, 0, 2, 3, 4, 5, 6, 7]])
+    logits = trainer.logits(start, codes)
+    assert np.abs(logits[0, 2:] - logits[1, 2:]).max() > 1e-4
+
+
+def test_bits_per_character_by_hand(trainer, start):
+    codes, context = trainer.text.validation, TINY.context
+    pieces = np.zeros((len(codes) - 1, context), int)
+    places = []
+    for target in range(1, len(codes)):
+        first = next(s for s in range(0, len(codes), context // 2) if target <= s + context)
+        pieces[target - 1, : target - first] = codes[first:target]  # nothing from it on
+        places.append(target - first - 1)
+    logits = np.asarray(trainer.logits(start, pieces), np.float64)
+    logits = logits[np.arange(len(pieces)), places]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    bits = -np.log2(probabilities[np.arange(len(pieces)), codes[1:]])
+    np.testing.assert_allclose(trainer.bits_per_character(start, codes), bits.mean(), rtol=1e-5)
+
+
+def test_a_network_that_knows_nothing_has_the_bits_of_the_alphabet(trainer, start):
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    bits = trainer.bits_per_character(zeros, trainer.text.test)
+    np.testing.assert_allclose(bits, math.log2(12), rtol=1e-6)
+
+
+def test_training_learns(trainer, start, relaxed):
+    """A letter of its six is right half of the time at most: 2.6 bits, 3.6 without a look back."""
+    untrained = trainer.bits_per_character(trainer.init(0), trainer.text.validation)
+    first = trainer.bits_per_character(start, trainer.text.validation)
+    assert first < untrained
+    assert trainer.bits_per_character(relaxed[0], trainer.text.validation) < first
+
+
+# Ternary networks.
+
+
+def test_kernels_end_exactly_ternary_in_each_output_channel(trainer, relaxed):
+    params, state = relaxed
+    quantized = trainer.quantized(state, params)
+    jax.tree.map(np.testing.assert_array_equal, params, quantized)
+    distinct = {
+        path: max(len(np.unique(channel)) for channel in leaf.T)
+        for path, leaf in leaves(params).items()
+    }
+    assert {path for path, count in distinct.items() if count <= 3} == KERNELS
+    for path in KERNELS:
+        scales = np.abs(leaves(params)[path]).max(axis=0)
+        assert len(np.unique(scales)) > 1, "one scale for each channel"
+
+
+def test_the_abrupt_network_is_the_projection_of_the_float_one(trainer, whole_run):
+    def params(name):
+        content = (whole_run / f"seed1-{name}.msgpack").read_bytes()
+        return leaves(flax.serialization.from_bytes(trainer.init(0), content))
+
+    start, abrupt = params("float"), params("abrupt-ternary")
+    for path, leaf in start.items():
+        if path not in KERNELS:
+            np.testing.assert_array_equal(abrupt[path], leaf)
+            continue
+        for ours, channel in zip(abrupt[path].T, leaf.T, strict=True):
+            scale, error = oracles.ternary(channel)
+            np.testing.assert_allclose(np.abs(ours).max(), scale, rtol=1e-5)
+            np.testing.assert_allclose(np.sum((ours - channel) ** 2), error, rtol=1e-4)
+
+
+def test_rules_for_attention_kernels_of_rank_three():
+    """As the docs have them for Flax's own attention."""
+    channels = brx.Ternary(granularity=brx.PerChannel((-2, -1)))
+    rules = brx.select(
+        (r"(query|key|value)/kernel$", channels),
+        default=brx.Ternary(granularity=brx.PerChannel()),
+    )
+    shapes = jax.eval_shape(
+        nn.MultiHeadDotProductAttention(2, use_bias=False).init, jax.random.key(0), jnp.ones((5, 8))
+    )["params"]
+    scales = {
+        name: rules.the_set_of(f"{name}/kernel", leaf["kernel"])
+        .granularity.groups(leaf["kernel"].shape)
+        .scale
+        for name, leaf in shapes.items()
+    }
+    inputs_last = dict.fromkeys(("query", "key", "value"), (1, 2, 4))
+    assert scales == {**inputs_last, "out": (1, 1, 8)}
+
+
+# Samples.
+
+
+def test_samples_are_those_of_their_seed(trainer, start):
+    one = trainer.sample(start, seed=3, length=40)
+    assert one == trainer.sample(start, seed=3, length=40)
+    assert one != trainer.sample(start, seed=4, length=40)
+    assert len(one) == 40
+    assert set(one) <= set(trainer.text.characters)
+
+
+def test_samples_follow_the_probabilities(trainer, start):
+    """A head that wants one character only writes that one."""
+    sure = jax.tree.map(jnp.zeros_like, start)
+    sure["characters"]["embedding"] = jnp.ones_like(sure["characters"]["embedding"])
+    sure["head"]["kernel"] = sure["head"]["kernel"].at[:, 7].set(100.0)
+    assert trainer.sample(sure, seed=0, length=10) == 10 * trainer.text.characters[7]
+
+
+# Runs.
+
+
+def test_a_run_keeps_what_the_table_shows(whole_run, program, tmp_path, capsys):
+    results = [json.loads((whole_run / f"seed{seed}.json").read_text()) for seed in (0, 1)]
+    assert results[0]["settings"] == vars(TINY)
+    assert results[0]["versions"]["jax"] == jax.__version__
+    networks = results[0]["networks"]
+    steps = {name: result["steps"] for name, result in networks.items()}
+    assert steps == {
+        **{"float": 20, "abrupt ternary": 20, "float, further": 40, "BinaryRelax": 40},
+    }
+    ternary = {"abrupt ternary", "BinaryRelax"}
+    assert {name for name, result in networks.items() if result["values"] == 3} == ternary
+    weights, scales = 8 * (24 + 8 + 32) + 32 * 8, 24 + 8 + 32 + 8
+    bits = math.log2(3) + 32 * scales / weights
+    others = 2 * 12 * 8
+    for name, result in networks.items():
+        expected = bits if name in ternary else 32
+        assert result["bits_per_weight"] == pytest.approx(expected)
+        assert result["bytes"] == pytest.approx((expected * weights + 32 * others) / 8)
+    for seed in (0, 1):  # the table and the samples need no params
+        shutil.copy(whole_run / f"seed{seed}.json", tmp_path)
+    assert program("--seeds", "0", "1", "--out", str(tmp_path), "--resume") == 0
+    shown = capsys.readouterr().out
+    for name, result in networks.items():
+        both = [each["networks"][name]["validation"] for each in results]
+        assert both[0] != both[1]
+        assert f"{both[0]:.3f}, {both[1]:.3f}" in shown
+        assert f"--- {name}\n{result['sample']}\n" in shown
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_end(whole_run, program, tmp_path, monkeypatch):
+    keep, kept = Run.save, []
+
+    def keep_two(self, *network):
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        kept.append(network[0])
+        keep(self, *network)
+
+    monkeypatch.setattr(Run, "save", keep_two)
+    with pytest.raises(KeyboardInterrupt):
+        program("--seeds", "1", "--out", str(tmp_path))
+    monkeypatch.undo()
+    assert kept == ["float", "abrupt ternary"]
+    assert program("--seeds", "1", "--out", str(tmp_path)) == 2
+    assert program("--seeds", "1", "--out", str(tmp_path), "--resume") == 0
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (whole_run / path.name).read_bytes(), path.name
+    assert len([*tmp_path.iterdir()]) == 5
+
+
+@pytest.mark.soak
+def test_binary_connect_beside_the_others(whole_run, program, tmp_path):
+    assert program("--out", str(tmp_path), without=()) == 0
+    results = json.loads((tmp_path / "seed0.json").read_text())["networks"]
+    connect = results.pop("BinaryConnect")
+    assert results == json.loads((whole_run / "seed0.json").read_text())["networks"]
+    assert (connect["steps"], connect["values"]) == (40, 3)
+    assert connect["validation"] != results["BinaryRelax"]["validation"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "seed0.json is there: go on with --resume, or give another --out"),
+        (["--resume", "--lr=0.5"], "of another configuration:\n  lr: 0.004 there, 0.5 here"),
+    ],
+)
+def test_runs_that_are_in_the_way_are_refused(arguments, message, whole_run, program, capsys):
+    assert program("--out", str(whole_run), *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["seed0.json", "seed0-float.msgpack"])
+def test_what_is_damaged_is_named(name, whole_run, program, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "seed0.json").read_text())
+    content["networks"].pop("BinaryRelax")
+    (tmp_path / "seed0.json").write_text(json.dumps(content))
+    damaged = tmp_path / name
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert program("--out", str(tmp_path), "--resume") == 2
+    message = capsys.readouterr().err
+    assert f"{damaged} cannot be read" in message
+    assert "start this seed again" in message
+
+
+def test_a_network_that_diverged_is_shown_as_that(trainer, start, whole_run):
+    broken = measured(trainer, "float", jax.tree.map(lambda p: p * jnp.nan, start), seed=0)
+    assert (broken["validation"], broken["test"]) == (None, None)
+    fine = json.loads((whole_run / "seed0.json").read_text())["networks"]["float"]
+    line = row("float", [{"float": fine}, {"float": broken}])
+    assert line["validation"] == "diverged"
+    assert line["by seed"] == f"{fine['validation']:.3f}, diverged"
+
+
+def test_spread_over_seeds():
+    assert spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert spread([1.25]) == "1.250"
+    assert spread([None]) == "diverged"
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--steps=0", "--steps must be at least 1, got 0"),
+        ("--context=1", "--context must be at least 2, got 1"),
+        ("--weight-decay=nan", "--weight-decay must be at least 0, got nan"),
+        ("--lr=-1", "--lr must be positive, got -1"),
+        ("--heads=3", "--heads 3 must divide --width 8"),
+        ("--hard-share=1.5", "--hard-share must be from 0 to 1, got 1.5"),
+        ("--warmup=20", "--warmup must be less than the steps of each network, got 20"),
+        ("--seeds=-1", "--seeds must be different numbers from 0 on"),
+        ("--shape=steep", "'geometric', 'linear', 'cosine', 'sigmoid'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(option, message, capsys):
+    with pytest.raises(SystemExit):
+        language_model.parse([*OPTIONS, option])
+    assert message in capsys.readouterr().err
+
+
+def test_a_context_longer_than_a_split_is_refused(program, tmp_path, capsys):
+    assert program("--out", str(tmp_path / "run"), "--context=120") == 2
+    assert "held_out split has 100 characters: give a --context below" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        language_model.parse(["--help"])
+    shown = capsys.readouterr().out
+    for option in (*OPTIONS, "--seeds", "--out", "--resume", "--quiet"):
+        assert option.split("=")[0] in shown
+
+
+@pytest.mark.parametrize(("name", "kind"), language_training.SETS.items())
+def test_kernels_get_the_set_and_the_head_and_embeddings_stay_float(name, kind):
+    rules = language_training.ternary(dataclasses.replace(TINY, set=name))
+    assert rules.set_of("head/kernel", jnp.ones((8, 12))) is None
+    assert rules.set_of("characters/embedding", jnp.ones((12, 8))) is None
+    assert rules.set_of("block_0/up/kernel", jnp.ones((8, 32))) == kind(
+        granularity=brx.PerChannel()
+    )
