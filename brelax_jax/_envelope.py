@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from brelax_jax.sets import Group, QuantizedSet, compute_dtype
-from brelax_jax.sets._search import shift_of
+from brelax_jax.sets._levels import shift_of
 
 
 def strength_of(lam: ArrayLike) -> Array:

@@ -14,8 +14,10 @@ from jax.typing import ArrayLike, DTypeLike
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
 from brelax_jax.sets._group import Group
+from brelax_jax.sets._levels import at_index, level_index
 from brelax_jax.sets._quantized import Quantized
-from brelax_jax.sets._search import Kept, at_index, least_squares_scale, level_index
+from brelax_jax.sets._rules import least_squares_scale
+from brelax_jax.sets._search import Kept
 
 
 class Fit(NamedTuple):
@@ -51,7 +53,7 @@ class QuantizedSet:
     tolerance: float = dataclasses.field(default=0.0, kw_only=True)
     levels: tuple[float, ...] = dataclasses.field(init=False, repr=False)
 
-    def _state(self, **attributes: object) -> None:
+    def _init_fields(self, **attributes: object) -> None:
         """Sets attributes of a frozen instance, once, in `__post_init__`."""
         if isinstance(self.granularity, type) or not hasattr(self.granularity, "groups"):
             raise ValueError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from brelax_jax.sets._search import at_index
+from brelax_jax.sets._levels import at_index
 
 
 @functools.partial(

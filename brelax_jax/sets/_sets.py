@@ -11,7 +11,7 @@ from jax import Array
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._base import Fit, QuantizedSet
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._search import mean_magnitude
+from brelax_jax.sets._rules import mean_magnitude
 
 MOST_LEVELS = 255  # codes are int8
 LARGEST = 1e12  # level, and one over the least positive one: sums of squares do not overflow
@@ -30,7 +30,7 @@ class Binary(QuantizedSet):
     """
 
     def __post_init__(self) -> None:
-        self._state(levels=(-1.0, 1.0))
+        self._init_fields(levels=(-1.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Ternary(QuantizedSet):
     """
 
     def __post_init__(self) -> None:
-        self._state(levels=(-1.0, 0.0, 1.0))
+        self._init_fields(levels=(-1.0, 0.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TernaryThreshold(QuantizedSet):
             raise ValueError(
                 f"factor must be a positive finite number (0.7 is customary), got {self.factor!r}."
             )
-        self._state(levels=(-1.0, 0.0, 1.0))
+        self._init_fields(levels=(-1.0, 0.0, 1.0))
 
     def fit_groups(self, w: Array, group: Group) -> Fit:
         """See `QuantizedSet.fit_groups`."""
@@ -111,7 +111,7 @@ class Uniform(QuantizedSet):
 
     def __post_init__(self) -> None:
         bits = _bits(self.bits, most=8, name="Uniform")
-        self._state(bits=bits, levels=_mirrored(range(2 ** (bits - 1))))
+        self._init_fields(bits=bits, levels=_mirrored(range(2 ** (bits - 1))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class PowerOfTwo(QuantizedSet):
 
     def __post_init__(self) -> None:
         bits = _bits(self.bits, most=5, name="PowerOfTwo")
-        self._state(bits=bits, levels=_mirrored([0, *(2**k for k in range(2 ** (bits - 2)))]))
+        self._init_fields(bits=bits, levels=_mirrored([0, *(2**k for k in range(2 ** (bits - 2)))]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class ScaledLevels(QuantizedSet):
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        self._state(levels=_symmetric(self.levels))
+        self._init_fields(levels=_symmetric(self.levels))
 
 
 def _mirrored(magnitudes: Iterable[float]) -> tuple[float, ...]:

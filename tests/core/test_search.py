@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brelax_jax.sets import Group, _search
+from brelax_jax.sets import Group, _levels, _rules, _search
 from tests.helpers import oracles
 
 LEVELS = {
@@ -32,7 +32,7 @@ tiny_groups = hnp.arrays(np.float32, (8, 5), elements=floats | st.sampled_from([
 def search(levels):
     """The scale of every row, compiled once for each level set and shape."""
     magnitudes = tuple(float(level) for level in levels if level >= 0)
-    return jax.jit(lambda w: _search.least_squares_scale(w, magnitudes, ROWS))
+    return jax.jit(lambda w: _rules.least_squares_scale(w, magnitudes, ROWS))
 
 
 # The references agree with one another
@@ -144,29 +144,29 @@ def test_level_index_is_the_nearest_level(magnitudes):
     rng = np.random.default_rng(0)
     scale = np.array([[0.01], [1.0], [30.0]], np.float32)
     a = np.abs(rng.standard_normal((3, 500)) * 20).astype(np.float32)
-    index = np.asarray(_search.level_index(a, scale, magnitudes))
+    index = np.asarray(_levels.level_index(a, scale, magnitudes))
     assert index.min() >= 0
     assert index.max() <= len(magnitudes) - 1
     distance = np.abs(a[..., None] - scale[..., None] * np.array(magnitudes, np.float32))
     chosen = np.take_along_axis(distance, index.astype(int)[..., None], -1)[..., 0]
     np.testing.assert_allclose(chosen, distance.min(-1), rtol=1e-6, atol=1e-5)
-    values = _search.at_index(index, magnitudes)
+    values = _levels.at_index(index, magnitudes)
     np.testing.assert_array_equal(values, np.array(magnitudes, np.float32)[index.astype(int)])
 
 
 def test_level_index_at_scale_zero_is_a_level():
     for magnitudes in [(0.0, 1.0), tuple(map(float, range(16)))]:
-        index = np.asarray(_search.level_index(np.zeros(3, np.float32), np.float32(0), magnitudes))
+        index = np.asarray(_levels.level_index(np.zeros(3, np.float32), np.float32(0), magnitudes))
         np.testing.assert_array_equal(index, 0)
 
 
 def test_mean_magnitude_where_the_sum_overflows():
     w = np.stack([np.full(1000, -1e37), np.linspace(0, 1, 1000)]).astype(np.float32)
-    mean = jax.jit(lambda w: _search.mean_magnitude(w, ROWS))(w)[:, 0]
+    mean = jax.jit(lambda w: _rules.mean_magnitude(w, ROWS))(w)[:, 0]
     np.testing.assert_allclose(mean, [1e37, 0.5], rtol=1e-5)
     largest = np.full((1, 1000), np.finfo(np.float32).max)
-    np.testing.assert_allclose(_search.mean_magnitude(largest, ROWS), largest[:, :1], rtol=1e-5)
+    np.testing.assert_allclose(_rules.mean_magnitude(largest, ROWS), largest[:, :1], rtol=1e-5)
     w[0, 0] = np.nan
-    mean = jax.jit(lambda w: _search.mean_magnitude(w, ROWS))(w)[:, 0]
+    mean = jax.jit(lambda w: _rules.mean_magnitude(w, ROWS))(w)[:, 0]
     assert np.isnan(mean[0])
     np.testing.assert_allclose(mean[1], 0.5, rtol=1e-5)
