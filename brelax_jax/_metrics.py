@@ -1,6 +1,5 @@
 """What to watch in a long run: how far the weights are from their sets, and what they do there."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax._envelope import norm, strength_of
-from brelax_jax._order import in_turn
+from brelax_jax._tree import fold_leaves
 from brelax_jax.sets import Fit, QuantizedSet
-from brelax_jax.transforms._state import codes_of, quantized_leaves
+from brelax_jax.transforms._leaf import codes_of
+from brelax_jax.transforms._state import quantized_leaves
 
 
 class LeafMetrics(NamedTuple):
@@ -66,26 +66,23 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
     >>> float(leaf.strength), round(float(leaf.distance), 3)
     (0.5, 0.175)
     """
+    leaves = quantized_leaves(opt_state, params)
+
+    def measured(
+        path: str, arrays: tuple[Array, Fit, Array | None]
+    ) -> tuple[Array, Array, Array | None]:
+        """Distance, occupancy and flips, from the float weights, their fit and the last codes."""
+        qset, (y, fit, last) = leaves[path].qset, arrays
+        codes = codes_of(qset, y, fit)
+        flips = None if last is None else _share(qset, codes != last)
+        return _relative_distance(qset, y, fit), _occupancy(qset, codes), flips
+
+    arrays = {path: (leaf.y, leaf.fit, leaf.codes) for path, leaf in leaves.items()}
     found: dict[str, LeafMetrics] = {}
-    distance = jnp.zeros(())  # of the leaf before
-    for path, leaf in quantized_leaves(opt_state, params).items():
-        measured = in_turn(distance, functools.partial(_measured, leaf.qset), leaf[2:])
-        distance = measured[0]
-        lam = leaf.state.lam
-        found[path] = LeafMetrics(
-            lam, strength_of(lam), distance, measured[1], leaf.fit.scale, measured[2]
-        )
+    for path, (distance, occupancy, flips) in fold_leaves(measured, arrays).items():
+        lam, scale = leaves[path].state.lam, leaves[path].fit.scale
+        found[path] = LeafMetrics(lam, strength_of(lam), distance, occupancy, scale, flips)
     return found
-
-
-def _measured(
-    qset: QuantizedSet, leaf: tuple[Array, Fit, Array | None]
-) -> tuple[Array, Array, Array | None]:
-    """Distance, occupancy and flips, from the float weights, their fit and the last codes."""
-    y, fit, last = leaf
-    codes = codes_of(qset, y, fit)
-    flips = None if last is None else _share(qset, codes != last)
-    return _relative_distance(qset, y, fit), _occupancy(qset, codes), flips
 
 
 def _share(qset: QuantizedSet, condition: Array) -> Array:

@@ -17,14 +17,44 @@ from brelax_jax.sets import Fit, QuantizedSet, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """Float weights and the points of Q that they are pulled to.
+
+    Attributes:
+      y: the float weights, at least float32.
+      projection: their points of Q, of y's shape and dtype.
+      qset: the set Q.
+      fit: what places y on it.
+    """
+
+    y: Array
+    projection: Array
+    qset: QuantizedSet
+    fit: Fit
+
+    @property
+    def scale(self) -> Array:
+        """The scale of each weight, of y's shape."""
+        return self.qset.scales(self.y, self.fit)
+
+    @property
+    def half_gap(self) -> Array:
+        """Half the distance between the two points of Q that each weight is between, of y's shape;
+        0 beyond the last.
+        """
+        return self.qset.half_gaps(self.y, self.fit)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProximalMap(abc.ABC):
     """What the maps share. A new one states its `pull`.
 
     Attributes:
-      eager: whether the float weights themselves are moved to w, not only the params.
+      updates_float_params: whether the float weights themselves are moved to w, not only the
+        params.
     """
 
-    eager: bool = dataclasses.field(default=False, init=False, repr=False)
+    updates_float_params: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def apply(self, y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
         """The map of one array.
@@ -48,20 +78,16 @@ class ProximalMap(abc.ABC):
         projection = qset.place(constant, fit).astype(y.dtype)  # as `project` rounds it
         compute = compute_dtype(y.dtype)
         alpha = strength_of(jnp.asarray(lam, compute))
-        w = self.pull(y.astype(compute), projection.astype(compute), qset, fit, alpha)
-        return w.astype(y.dtype)
+        target = Target(y.astype(compute), projection.astype(compute), qset, fit)
+        return self.pull(target, alpha).astype(y.dtype)
 
     @abc.abstractmethod
-    def pull(
-        self, y: Array, projection: Array, qset: QuantizedSet, fit: Fit, alpha: Array
-    ) -> Array:
-        """w for float weights y with their projection; at α = 1 exactly the projection.
+    def pull(self, target: Target, alpha: Array) -> Array:
+        """w, of the shape and dtype of `target.y`; at α = 1 exactly `target.projection`.
 
         Args:
-          y: floats, at least float32.
-          projection: y's points of Q, of its shape and dtype.
-          qset: the set Q.
-          fit: what places y on it.
+          target: the float weights `y` with their `projection`, and, computed only if asked for,
+            the `scale` of each and the `half_gap` between the levels around it.
           alpha: the strength, a scalar of y's dtype.
         """
 
@@ -80,11 +106,9 @@ class Relaxation(ProximalMap):
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), eq. 3.3.
     """
 
-    def pull(
-        self, y: Array, projection: Array, qset: QuantizedSet, fit: Fit, alpha: Array
-    ) -> Array:
+    def pull(self, target: Target, alpha: Array) -> Array:
         """See `ProximalMap.pull`."""
-        return blend(y, projection, alpha)
+        return blend(target.y, target.projection, alpha)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +129,10 @@ class PiecewiseAffine(ProximalMap):
       Jin et al., PARQ, 2025 (arXiv 2503.15748), its proximal map.
     """
 
-    def pull(
-        self, y: Array, projection: Array, qset: QuantizedSet, fit: Fit, alpha: Array
-    ) -> Array:
+    def pull(self, target: Target, alpha: Array) -> Array:
         """See `ProximalMap.pull`; from the nearest level outwards, which is the same."""
-        residual = y - projection
-        half = qset.half_gaps(y, fit)
+        projection, half = target.projection, target.half_gap
+        residual = target.y - projection
         slope = 1 / jnp.where(alpha < 1, 1 - alpha, 1)
         moved = jnp.clip(half - slope * (half - jnp.abs(residual)), 0, half)
         return jnp.where(alpha < 1, projection + jnp.sign(residual) * moved, projection)
@@ -129,20 +151,19 @@ class SoftThreshold(ProximalMap):
     Array([ 0.75, -1.25,  1.  , -1.  ], dtype=float32)
 
     Attributes:
-      eager: whether the float weights themselves are moved to w, as in ProxQuant, and not only the
-        params.
+      updates_float_params: whether the float weights themselves are moved to w, as in ProxQuant,
+        and not only the params.
 
     References:
       Bai, Wang and Liberty, ProxQuant, 2018 (arXiv 1810.00861), its map for binary weights.
     """
 
-    eager: bool = False
+    updates_float_params: bool = False
 
-    def pull(
-        self, y: Array, projection: Array, qset: QuantizedSet, fit: Fit, alpha: Array
-    ) -> Array:
+    def pull(self, target: Target, alpha: Array) -> Array:
         """See `ProximalMap.pull`."""
-        residual = y - projection
+        projection = target.projection
+        residual = target.y - projection
         lam = jnp.where(alpha < 1, alpha / jnp.where(alpha < 1, 1 - alpha, 1), 0)
-        shrunk = jnp.maximum(jnp.abs(residual) - lam * qset.scales(y, fit), 0)
+        shrunk = jnp.maximum(jnp.abs(residual) - lam * target.scale, 0)
         return jnp.where(alpha < 1, projection + jnp.sign(residual) * shrunk, projection)

@@ -4,127 +4,232 @@ import collections
 import dataclasses
 import math
 import re
-import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
+from brelax_jax._tree import is_absent, leaves_with_paths, map_with_path
 from brelax_jax.sets import QuantizedSet, groups_of
 
 NOT_KERNELS = ("bias", "scale", "embedding")
 
+TAKEN = (
+    "qset must be a set such as Ternary(), the rules of select(…), a tree of sets and None like "
+    "the params, or a function from params to one"
+)
 
-@jax.tree_util.register_static
+Key = str | Callable[[str, Any], bool]
+Rule = tuple[Key, QuantizedSet | None]
+Entries = tuple[tuple[str, QuantizedSet | None], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Rules that give each leaf a set or None; made by `select`. A pytree without leaves.
+    """Says which leaves are quantized on which sets; made by `select`, or from a tree of sets.
 
     Attributes:
-      rules: pairs of a pattern and a set or None; the first pattern found in a leaf's path decides.
-      default: the set of the kernels that no pattern matches, or None.
+      rules: pairs of a key and a set or None. The first key that fits a leaf decides.
+      default: the set of the kernels that no key fits, or None.
+      tree: in the place of rules, the entries of a tree of sets and None by their paths, or a
+        function from params to such a tree.
     """
 
-    rules: tuple[tuple[str, QuantizedSet | None], ...]
-    default: QuantizedSet | None
+    rules: tuple[Rule, ...] = ()
+    default: QuantizedSet | None = None
+    tree: Entries | Callable[[Any], Any] | None = None
 
-    def set_of(self, path: str, leaf: Any) -> QuantizedSet | None:
-        """The set of one leaf, or None if it stays as it is."""
-        for pattern, qset in self.rules:
-            if re.search(pattern, path):
-                return qset if math.prod(jnp.shape(leaf)) else None
-        return self.default if is_kernel(path, leaf) else None
+    def assign(self, params: Any) -> dict[str, QuantizedSet]:
+        """The set of every leaf that is to be quantized, by the leaf's '/'-joined path.
 
-    def the_set_of(self, path: str, leaf: Any) -> QuantizedSet:
-        """The set of a leaf that is known to have one."""
-        qset = self.set_of(path, leaf)
-        if qset is None:
-            raise ValueError(f"{path!r} has float weights in this state, but no rule selects it.")
-        return qset
+        Args:
+          params: a tree of arrays, or of `jax.ShapeDtypeStruct`s.
 
-    def check(self, params: Any) -> None:
-        """Raises a ValueError, naming the leaf or the rule, if these rules do not fit params."""
+        Raises:
+          ValueError: if this selection does not fit the params. It names the leaf or the rule.
+
+        >>> import brelax_jax as brx, jax.numpy as jnp
+        >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+        >>> brx.select((lambda path, leaf: leaf.ndim == 2, brx.Uniform(4))).assign(params)
+        {'dense/kernel': Uniform(granularity=PerTensor(axis_name=None), tolerance=0.0, bits=4)}
+        """
         leaves = leaves_with_paths(params)
         for path, count in collections.Counter(path for path, _ in leaves).items():
             if count > 1:
                 raise ValueError(f"{count} leaves of params have the path {path!r}; rename one.")
-        for pattern, _ in self.rules:
-            if leaves and not any(re.search(pattern, path) for path, _ in leaves):
-                raise ValueError(
-                    f"The pattern {pattern!r} matches no leaf. Patterns are regular expressions, "
-                    f"searched in these paths: {', '.join(path for path, _ in leaves)}."
-                )
+        found = self._by_rules(leaves) if self.tree is None else self._by_tree(leaves, params)
         for path, leaf in leaves:
-            qset = self.set_of(path, leaf)
-            if qset is None:
+            if path in found:
+                _check_fit(path, leaf, found[path])
+        return found
+
+    def mask(self, params: Any) -> Any:
+        """The params' tree with True for every leaf that is to be quantized, else False.
+
+        For Optax's masks, as in `optax.add_decayed_weights(1e-4, mask=rules.mask)`.
+
+        Args:
+          params: as for `assign`.
+
+        Raises:
+          ValueError: as `assign`.
+
+        >>> import brelax_jax as brx, jax.numpy as jnp
+        >>> brx.select(default=brx.Binary()).mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
+        {'bias': False, 'kernel': True}
+        """
+        found = self.assign(params)
+        return map_with_path(lambda path, _: path in found, params)
+
+    def _by_rules(self, leaves: Sequence[tuple[str, Any]]) -> dict[str, QuantizedSet]:
+        for key, _ in self.rules:
+            if not isinstance(key, str) or not leaves:
                 continue
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            if not any(re.search(key, path) for path, _ in leaves):
                 raise ValueError(
-                    f"{path!r} is of dtype {jnp.result_type(leaf)}, but is selected for {qset}. "
-                    "Only floating leaves can be quantized; put a rule that gives it None first."
+                    f"The pattern {key!r} matches no leaf. Patterns are regular expressions, "
+                    f"searched in these paths: {_listed(leaves)}."
                 )
-            try:
-                groups_of(qset.granularity, leaf)
-            except ValueError as error:
-                raise ValueError(f"{path!r}, selected for {qset}: {error}") from None
+        chosen = {path: self._by_rule(path, leaf) for path, leaf in leaves}
+        return {path: qset for path, qset in chosen.items() if qset is not None}
+
+    def _by_rule(self, path: str, leaf: Any) -> QuantizedSet | None:
+        for key, qset in self.rules:
+            if _fits(key, path, leaf):
+                return _unless_empty(qset, leaf)
+        return self.default if is_kernel(path, leaf) else None
+
+    def _by_tree(self, leaves: Sequence[tuple[str, Any]], params: Any) -> dict[str, QuantizedSet]:
+        if not leaves:  # Optax makes such placeholders
+            return {}
+        entries = dict(entries_of(self.tree(params)) if callable(self.tree) else self.tree or ())
+        places = [path for path, _ in leaves_with_paths(params, is_absent)]
+        for path, qset in entries.items():
+            if not any(path in _above(place) for place in places):
+                raise ValueError(
+                    f"The tree of sets has {qset} at {path!r}, where params have nothing. Give it "
+                    f"the structure of the params, whose leaves are {_listed(leaves)}."
+                )
+        found: dict[str, QuantizedSet] = {}
+        for path, leaf in leaves:
+            above = next((place for place in _above(path) if place in entries), None)
+            if above is None:
+                raise ValueError(
+                    f"The tree of sets has nothing for {path!r}, a leaf of the params. Give a set "
+                    "or None for each of them, as in jax.tree.map(lambda p: None, params)."
+                )
+            qset = entries[above]
+            chosen = _unless_empty(qset, leaf) if above == path or is_kernel(path, leaf) else None
+            if chosen is not None:
+                found[path] = chosen
+        return found
 
 
-def select(
-    *rules: tuple[str, QuantizedSet | None], default: QuantizedSet | None = None
-) -> Selection:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assignment:
+    """What a selection gave to the leaves of some params. A pytree without leaves.
+
+    Attributes:
+      source: the path and the set of each quantized leaf; or, for params without leaves, the
+        selection. Optax takes the state of such params for a pattern of any other, so they equal
+        every assignment.
+    """
+
+    source: tuple[tuple[str, QuantizedSet], ...] | Selection
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Assignment):
+            return NotImplemented
+        sources = self.source, other.source
+        return any(isinstance(s, Selection) for s in sources) or self.source == other.source
+
+    def __hash__(self) -> int:
+        return hash(Assignment)
+
+    def by_path(self, params: Any) -> dict[str, QuantizedSet]:
+        """The sets by the paths of their leaves."""
+        if isinstance(self.source, Selection):
+            return self.source.assign(params)
+        return dict(self.source)
+
+
+def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = None) -> Selection:
     """Rules that say which leaves are quantized, and how.
 
     Args:
-      *rules: pairs of a regular expression and a set, or None for leaves that stay as they are. The
-        first pattern that `re.search` finds in a leaf's path ('/'-joined, as in 'Conv_0/kernel')
-        decides; it decides for every leaf that it matches, so name a bias or do not match it.
-      default: the set of the *kernels* that no pattern matches: floating leaves of rank 2 or more
-        whose last name is not bias, scale or embedding. None leaves them as they are.
+      *rules: pairs of a key and a set, or None for leaves that stay as they are. A key is a regular
+        expression, which fits a leaf if `re.search` finds it in the leaf's path ('/'-joined, as in
+        'Conv_0/kernel'), or a function `(path, leaf) -> bool`, which may look at the leaf's shape
+        and dtype. The first key that fits decides. It decides for every leaf that it fits, biases
+        too. Or, alone: a function from params to a tree of sets and None.
+      default: the set of the *kernels* that no key fits: floating leaves of rank 2 or more whose
+        last name is not bias, scale or embedding. None leaves them as they are.
 
     Returns:
       The rules, as every transformation of this library takes them in the place of one set.
 
     Raises:
       ValueError: if a rule is not such a pair, or a pattern not a regular expression; at a
-        transformation's `init`, if a pattern matches no leaf, or gives a set to a leaf that is not
-        floating or whose shape does not fit.
+        transformation's `init`, if a pattern matches no leaf, a function returns something else,
+        or a rule gives a set to a leaf that is not floating or whose shape does not fit.
 
-    The first convolution stays float, the head has 8 bits, every other kernel is ternary:
+    The first convolution stays float, large leaves have 4 bits, every other kernel is ternary:
 
     >>> import brelax_jax as brx
     >>> rules = brx.select(
-    ...     (r"^Conv_0/", None), (r"head/kernel", brx.Uniform(8)), default=brx.Ternary()
+    ...     (r"^Conv_0/", None),
+    ...     (lambda path, leaf: leaf.size > 100_000, brx.Uniform(4)),
+    ...     default=brx.Ternary(),
     ... )
     """
-    for rule in rules:
-        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise ValueError(f"A rule is a pair of a pattern and a set or None, got {rule!r}.")
-        try:
-            re.compile(rule[0])
-        except re.error as error:
+    if len(rules) == 1 and _is_function(rules[0]):
+        if default is not None:
             raise ValueError(
-                f"The pattern {rule[0]!r} is not a regular expression: {error}."
-            ) from None
-    for qset in (*(rule[1] for rule in rules), default):
+                f"default={default} goes with rules, but {rules[0]!r} gives every leaf its set: "
+                "leave default out."
+            )
+        return Selection(tree=cast("Callable[[Any], Any]", rules[0]))
+    pairs = cast("tuple[Rule, ...]", rules)
+    for rule in pairs:
+        _check_rule(rule)
+    for qset in (*(rule[1] for rule in pairs), default):
         if qset is not None and not isinstance(qset, QuantizedSet):
             raise ValueError(f"A rule gives a set such as Ternary(), or None, got {qset!r}.")
-    return Selection(tuple(rules), default)
+    return Selection(pairs, default)
 
 
-def as_selection(qset: QuantizedSet | Selection) -> Selection:
-    """Rules as they are; one set as the default of no rules."""
-    return qset if isinstance(qset, Selection) else select(default=qset)
+def as_selection(qset: Any) -> Selection:
+    """What a transformation takes: one set, rules, or a tree of sets or a function to one.
+
+    Raises:
+      ValueError: if it is none of these.
+    """
+    if isinstance(qset, Selection):
+        return qset
+    if isinstance(qset, QuantizedSet):
+        return Selection(default=qset)
+    if _is_function(qset):
+        return Selection(tree=qset)
+    if not jax.tree.leaves(qset):
+        raise ValueError(f"{TAKEN}, got {qset!r}.")
+    return Selection(tree=entries_of(qset))
 
 
-def register_with_flax() -> None:
-    """Lets `flax.serialization` pass over a selection, where flax is in use: it is not imported."""
-    serialization = sys.modules.get("flax.serialization")
-    if serialization is not None:
-        serialization.register_serialization_state(
-            Selection, lambda _: {}, lambda selection, _: selection, override=True
-        )
+def entries_of(tree: Any) -> Entries:
+    """The sets and None in a tree, by their paths.
+
+    Raises:
+      ValueError: if there is something else.
+    """
+    entries = leaves_with_paths(tree, lambda node: node is None)
+    for path, qset in entries:
+        if qset is not None and not isinstance(qset, QuantizedSet):
+            at = f" at {path!r} of a tree" if path else ""
+            raise ValueError(f"{TAKEN}, got {qset!r}{at}.")
+    return tuple(entries)
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
@@ -137,29 +242,61 @@ def is_kernel(path: str, leaf: Any) -> bool:
     )
 
 
-def path_of(keys: tuple[Any, ...]) -> str:
-    """A key path as 'a/b/c', without the `.value` that Flax NNX's variables add at `init` only."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+def _is_function(value: Any) -> bool:
+    """Whether it is a function, not a class nor a module of arrays that can be called."""
+    if not callable(value) or isinstance(value, type):
+        return False
+    leaves = jax.tree.leaves(value)
+    return len(leaves) == 1 and leaves[0] is value
 
 
-def leaves_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths."""
-    return [
-        (path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)
-    ]
+def _fits(key: Key, path: str, leaf: Any) -> bool:
+    if isinstance(key, str):
+        return re.search(key, path) is not None
+    answer = key(path, leaf)
+    if not isinstance(answer, bool | np.bool_):
+        raise ValueError(
+            f"A rule's function must return True or False, but {key!r} returned {answer!r} for "
+            f"{path!r}. It may look at the leaf's shape and dtype, not at its values."
+        )
+    return bool(answer)
 
 
-def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map` whose function gets the leaf's path first."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest
-    )
+def _unless_empty(qset: QuantizedSet | None, leaf: Any) -> QuantizedSet | None:
+    return qset if math.prod(jnp.shape(leaf)) else None
 
 
-def is_masked(leaf: Any) -> bool:
-    """Whether a leaf stands for one that is not there."""
-    return isinstance(leaf, optax.MaskedNode)
+def _above(path: str) -> list[str]:
+    """A path and those of the nodes that it lies in, up to the root's ''."""
+    parts = path.split("/")
+    return ["/".join(parts[:length]) for length in range(len(parts), 0, -1)] + [""] * bool(path)
+
+
+def _listed(leaves: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(path for path, _ in leaves)
+
+
+def _check_rule(rule: Any) -> None:
+    is_pair = isinstance(rule, tuple) and len(cast("tuple[Any, ...]", rule)) == 2
+    if not (is_pair and (isinstance(rule[0], str) or _is_function(rule[0]))):
+        raise ValueError(
+            "A rule is a pair of a pattern or a function (path, leaf) -> bool, and a set or None, "
+            f"got {rule!r}."
+        )
+    try:
+        if isinstance(rule[0], str):
+            re.compile(rule[0])
+    except re.error as error:
+        raise ValueError(f"The pattern {rule[0]!r} is not a regular expression: {error}.") from None
+
+
+def _check_fit(path: str, leaf: Any, qset: QuantizedSet) -> None:
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        raise ValueError(
+            f"{path!r} is of dtype {jnp.result_type(leaf)}, but is selected for {qset}. "
+            "Only floating leaves can be quantized; put a rule that gives it None first."
+        )
+    try:
+        groups_of(qset.granularity, leaf)
+    except ValueError as error:
+        raise ValueError(f"{path!r}, selected for {qset}: {error}") from None

@@ -56,6 +56,11 @@ def grid_of(scale: Array, qset: QuantizedSet, dtype: DTypeLike) -> Grid:
     return Grid(spacing, 1 / spacing, unit * 2.0**shape.reach)
 
 
+def grid_in_view(fit: Fit, qset: QuantizedSet, shape: tuple[int, ...], dtype: DTypeLike) -> Grid:
+    """The grid of a fit, as it broadcasts against the view of an array of this shape."""
+    return grid_of(fit.scale.reshape(qset.granularity.groups(shape).scale_view), qset, dtype)
+
+
 class _Shape(NamedTuple):
     """Exponents of a grid, in units of the scale's leading bit.
 
@@ -107,7 +112,7 @@ def has_room(qset: QuantizedSet, dtype: DTypeLike) -> bool:
     return 2.0 ** (shape.digits + shape.finest) - 2.0**shape.reach >= 2.0 ** (shape.top + 1)
 
 
-def follow(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
+def limit_scale_jump(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     """A rounded fit as near to `fit` as steps from the levels of `last` to its own are exact.
 
     It differs from `fit` only where a scale jumps beyond the headroom: then it grows as far as
@@ -130,17 +135,16 @@ def follow(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     return fit._replace(scale=jnp.where((last.scale > 0) & (fit.scale > 0), nearest, fit.scale))
 
 
-def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Array:
-    """The quantized weights for float weights y and a rounded fit, exact in `dtype`."""
+def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, grid: Grid) -> Array:
+    """The quantized weights for float weights y, a rounded fit and the grid in y's view."""
     w = qset.place(y, fit)
     if has_integer_levels(qset):
         return w
-    groups = qset.granularity.groups(y.shape)
-    grid = grid_of(fit.scale.reshape(groups.scale_view), qset, dtype)
-    return grid.round(w.reshape(groups.view)).reshape(y.shape)
+    view = qset.granularity.groups(y.shape).view
+    return grid.round(w.reshape(view)).reshape(y.shape)
 
 
-def landing_point(w: Array, p: Array, grid: Grid, landed: Array) -> Array:
+def landing_point(w: Array, p: Array, grid: Grid, is_on_grid: Array) -> Array:
     """Where to send p: to w on the grid, or onto the grid if p is off it and cannot arrive, to 0 if
     the nearest point is so near that the difference is flushed to zero.
 
@@ -148,7 +152,7 @@ def landing_point(w: Array, p: Array, grid: Grid, landed: Array) -> Array:
       w: the weights wanted, at least float32.
       p: the weights now, in the dtype of the params.
       grid: that of w; broadcasts against it.
-      landed: whether p is known to be on it.
+      is_on_grid: whether p is known to be on it.
     """
     info = jnp.finfo(p.dtype)
 
@@ -163,7 +167,7 @@ def landing_point(w: Array, p: Array, grid: Grid, landed: Array) -> Array:
 
     snapped = jnp.clip(grid.round(now), -grid.reach, grid.reach)
     onto = jnp.where(arrives(snapped), snapped, 0)
-    return jnp.where(landed | arrives(goal), goal, onto)
+    return jnp.where(is_on_grid | arrives(goal), goal, onto)
 
 
 def _least(dtype: DTypeLike) -> float:

@@ -105,7 +105,7 @@ def continuation(config: Config, steps_per_epoch: int) -> optax.Schedule:
 MAPS = {
     "binary_relax": brx.Relaxation(),
     "parq": brx.PiecewiseAffine(),
-    "proxquant": brx.SoftThreshold(eager=True),
+    "proxquant": brx.SoftThreshold(updates_float_params=True),
 }
 
 

@@ -175,7 +175,7 @@ def test_proxquant_is_a_proximal_step_of_the_weights_themselves():
         optax.sgd(0.3),
         qset,
         lam=lambda count: 0.01 * count,
-        proximal_map=brx.SoftThreshold(eager=True),
+        proximal_map=brx.SoftThreshold(updates_float_params=True),
     )
     params, state, wanted = trained(optimizer, {"kernel": jnp.asarray(y)}, steps=10)
     for count in range(10):
@@ -185,7 +185,7 @@ def test_proxquant_is_a_proximal_step_of_the_weights_themselves():
     np.testing.assert_array_equal(brx.float_params(state, params)["kernel"], params["kernel"])
 
 
-@pytest.mark.parametrize("proximal_map", [*MAPS, brx.SoftThreshold(eager=True)], ids=repr)
+@pytest.mark.parametrize("proximal_map", [*MAPS, brx.SoftThreshold(updates_float_params=True)], ids=repr)
 def test_phase_two_is_exact_with_every_map(proximal_map):
     plan = brx.continuation(30, "linear")
     optimizer = brx.binary_relax(optax.sgd(0.1), SETS[1], *plan, proximal_map=proximal_map)

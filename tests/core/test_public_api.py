@@ -59,7 +59,7 @@ VALUES = [
     (brx.PerTensor, {}),
     (brx.PerChannel, {"axis": (0, 1)}),
     (brx.PerBlock, {"size": 64, "axis": 0}),
-    (brx.SoftThreshold, {"eager": True}),
+    (brx.SoftThreshold, {"updates_float_params": True}),
 ]
 
 

@@ -39,7 +39,7 @@ BASES = {
     "adamw": optax.adamw(0.05, eps=1e-4, weight_decay=0.1),
 }
 FORMS = ("binary_relax", "relax_params", "binary_connect", "parq", "proxquant")
-MAPS = {"parq": brx.PiecewiseAffine(), "proxquant": brx.SoftThreshold(eager=True)}
+MAPS = {"parq": brx.PiecewiseAffine(), "proxquant": brx.SoftThreshold(updates_float_params=True)}
 LAMBDAS = (0.0, 1e-45, 1e-30, 0.3, 1.0, 50.0, 1e6, 1e9, 3e38, np.inf)
 
 Pair = collections.namedtuple("Pair", ["kernel", "other"])

@@ -1,0 +1,99 @@
+"""Trees: the paths of leaves, leaves that are not there, and folds over leaves."""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+T = TypeVar("T")
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A key path as 'a/b/c', without the `.value` that Flax NNX's variables add at `init` only."""
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def leaves_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths."""
+    return [
+        (path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+    ]
+
+
+def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` whose function gets the leaf's path first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest
+    )
+
+
+def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """A tree with other leaves at some paths."""
+    return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
+def map_quantized(function: Callable[..., Any], tree: Any, floats: Any) -> Any:
+    """function(leaf, y) of the leaves that have float weights y, the others as they are."""
+    return jax.tree.map(lambda leaf, y: leaf if is_masked(y) else function(leaf, y), tree, floats)
+
+
+def is_masked(leaf: Any) -> bool:
+    """Whether a leaf stands for one that is not there."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def is_absent(leaf: Any) -> bool:
+    """Whether a leaf is None, or stands for one that is not there."""
+    return leaf is None or is_masked(leaf)
+
+
+def fold_leaves(function: Callable[[str, Any], T], leaves: Mapping[str, Any]) -> dict[str, T]:
+    """function(path, leaf) of each leaf; on CPU one leaf after the other.
+
+    XLA on CPU runs what does not depend on one another side by side. That takes more memory, and
+    with it time.
+    """
+    results: dict[str, T] = {}
+    last = jnp.zeros(())
+    for path, leaf in leaves.items():
+        results[path] = compute_after(last, functools.partial(function, path), leaf)
+        last = jnp.max(jax.tree.leaves(results[path])[0])
+    return results
+
+
+def compute_after(before: Array, function: Callable[..., T], *operands: Any) -> T:
+    """function(*operands), on CPU not before the scalar `before` is known.
+
+    XLA cannot know that `before` is never −1, so it keeps the dependency.
+    """
+
+    def after(before: Array, *operands: Any) -> T:
+        def never(*operands: Any) -> T:
+            # Of the function only shapes and shardings are left here: the rest is dead code.
+            return jax.tree.map(jnp.zeros_like, function(*operands))
+
+        return lax.cond(before != -1, function, never, *operands)
+
+    return lax.platform_dependent(
+        before, *operands, cpu=after, default=lambda _, *operands: function(*operands)
+    )
+
+
+def register_with_flax(kind: type) -> None:
+    """Lets `flax.serialization` pass over what is static, where flax is in use: it is not
+    imported.
+    """
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is not None:
+        serialization.register_serialization_state(
+            kind, lambda _: {}, lambda static, _: static, override=True
+        )

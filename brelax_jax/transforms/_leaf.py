@@ -1,0 +1,121 @@
+"""What an update does to one leaf: fit its set, hold the scale back, pull the weights, land."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from brelax_jax._proximal import ProximalMap, Target
+from brelax_jax._tree import fold_leaves
+from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax.transforms._grid import (
+    grid_in_view,
+    landing_point,
+    limit_scale_jump,
+    place_on_grid,
+    round_fit,
+)
+
+
+class Step(NamedTuple):
+    """What one update has in common for all leaves.
+
+    Attributes:
+      proximal_map: how the weights are pulled.
+      alpha: the strength.
+      exact: whether the params are to be on their grids.
+      is_on_grid: whether they are on those of the update before.
+    """
+
+    proximal_map: ProximalMap
+    alpha: Array
+    exact: Array
+    is_on_grid: Array
+
+
+class UpdatedLeaf(NamedTuple):
+    """What an update makes of one leaf.
+
+    Attributes:
+      update: what is to be added to the param, of its shape and dtype.
+      y: the float weights.
+      fit: what places them on the set.
+    """
+
+    update: Array
+    y: Array
+    fit: Fit
+
+
+def fit_leaves(
+    sets: Mapping[str, QuantizedSet],
+    floats: Mapping[str, Array],
+    params: Mapping[str, Any],
+    last: Mapping[str, Fit] | None = None,
+) -> dict[str, Fit]:
+    """Fits its set to the float weights of each leaf.
+
+    Args:
+      sets: the set of each leaf, by its path.
+      floats: the float weights.
+      params: arrays of the params' dtypes.
+      last: the fits before.
+    """
+
+    def fit(path: str, leaf: tuple[Array, Fit | None]) -> Fit:
+        y, last = leaf
+        return round_fit(sets[path].fit(y, last), sets[path], jnp.result_type(params[path]))
+
+    leaves = {path: (floats[path], last[path] if last else None) for path in sets}
+    searched = {path: leaf for path, leaf in leaves.items() if len(sets[path].magnitudes) > 1}
+    found = fold_leaves(fit, searched)
+    return {path: found[path] if path in found else fit(path, leaves[path]) for path in sets}
+
+
+def update_leaf(
+    step: Step, qset: QuantizedSet, p: Array, y: Array, fit: Fit, last: Fit
+) -> UpdatedLeaf:
+    """The update of the param p, whose float weights have become y.
+
+    Args:
+      step: what all leaves have in common.
+      qset: the leaf's set.
+      p: the param.
+      y: its float weights after the step of the base optimizer.
+      fit: their fit.
+      last: the fit before.
+    """
+    limited = limit_scale_jump(fit, last, qset, p.dtype)
+    fit = jax.tree.map(lambda new, free: jnp.where(step.exact, new, free), limited, fit)
+    grid = grid_in_view(fit, qset, y.shape, p.dtype)
+    target = Target(y, place_on_grid(y, fit, qset, grid), qset, fit)
+    w = step.proximal_map.pull(target, step.alpha.astype(y.dtype))
+    view = qset.granularity.groups(y.shape).view
+    goal, now = w.reshape(view), p.reshape(view)
+    goal = jnp.where(step.exact, landing_point(goal, now, grid, step.is_on_grid), goal)
+    update = (goal - now.astype(goal.dtype)).astype(p.dtype).reshape(p.shape)
+    if step.proximal_map.updates_float_params:
+        y, fit = w, _recut(fit, step.alpha)
+    return UpdatedLeaf(update, y, fit)
+
+
+def quantized_leaf(qset: QuantizedSet, y: Array, fit: Fit, dtype: DTypeLike) -> Array:
+    """The float weights y on their set, in the params' dtype, as phase II leaves the params."""
+    grid = grid_in_view(fit, qset, y.shape, dtype)
+    q = place_on_grid(y, fit, qset, grid).astype(dtype)
+    return jnp.where(q == 0, 0, q)  # not −0, which no sum ends at
+
+
+def codes_of(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
+    """The codes of the float weights y, as the state keeps them."""
+    return qset.codes(y, fit).astype(jnp.int8)
+
+
+def _recut(fit: Fit, alpha: Array) -> Fit:
+    """The fit that places weights which are on their levels already, if they are."""
+    if fit.cut is None:
+        return fit
+    return fit._replace(cut=jnp.where(alpha == 1, fit.scale / 2, fit.cut))
