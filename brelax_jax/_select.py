@@ -105,9 +105,11 @@ class Selection:
         if not leaves:  # Optax makes such placeholders
             return {}
         entries = dict(entries_of(self.tree(params)) if callable(self.tree) else self.tree or ())
-        places = [path for path, _ in leaves_with_paths(params, is_absent)]
+        places = leaves_with_paths(params, is_absent)
+        present = {above for place, _ in places for above in _above(place)}
+        absent = {place for place, leaf in places if is_absent(leaf)}
         for path, qset in entries.items():
-            if not any(path in _above(place) for place in places):
+            if path not in present and absent.isdisjoint(_above(path)):
                 raise ValueError(
                     f"The tree of sets has {qset} at {path!r}, where params have nothing. Give it "
                     f"the structure of the params, whose leaves are {_listed(leaves)}."
@@ -125,35 +127,6 @@ class Selection:
             if chosen is not None:
                 found[path] = chosen
         return found
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class Assignment:
-    """What a selection gave to the leaves of some params. A pytree without leaves.
-
-    Attributes:
-      source: the path and the set of each quantized leaf; or, for params without leaves, the
-        selection. Optax takes the state of such params for a pattern of any other, so they equal
-        every assignment.
-    """
-
-    source: tuple[tuple[str, QuantizedSet], ...] | Selection
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Assignment):
-            return NotImplemented
-        sources = self.source, other.source
-        return any(isinstance(s, Selection) for s in sources) or self.source == other.source
-
-    def __hash__(self) -> int:
-        return hash(Assignment)
-
-    def by_path(self, params: Any) -> dict[str, QuantizedSet]:
-        """The sets by the paths of their leaves."""
-        if isinstance(self.source, Selection):
-            return self.source.assign(params)
-        return dict(self.source)
 
 
 def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = None) -> Selection:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from brelax_jax._envelope import strength_of
 from brelax_jax._proximal import ProximalMap, Relaxation
 from brelax_jax._schedules import Continuation
-from brelax_jax._select import Assignment, Selection, as_selection
+from brelax_jax._select import Selection, as_selection
 from brelax_jax._tree import (
     compute_after,
     leaves_with_paths,
@@ -29,6 +29,7 @@ from brelax_jax.transforms._checks import check_arguments, check_given_once
 from brelax_jax.transforms._grid import LANDING, LEAD
 from brelax_jax.transforms._leaf import Step, codes_of, fit_leaves, update_leaf
 from brelax_jax.transforms._state import (
+    Assignment,
     BinaryRelaxState,
     check_same_params,
     check_same_sets,

@@ -1,14 +1,44 @@
 """The state of a relaxing transformation: its fields, how it is found, and what it was made for."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from brelax_jax._select import Assignment, Selection
+from brelax_jax._select import Selection
 from brelax_jax._tree import is_absent, leaves_with_paths, path_of
 from brelax_jax.sets import Fit, QuantizedSet
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assignment:
+    """What a selection gave to the leaves of some params. A pytree without leaves.
+
+    Attributes:
+      source: the path and the set of each quantized leaf; or, for params without leaves, the
+        selection. Optax takes the state of such params for a pattern of any other, so they equal
+        every assignment.
+    """
+
+    source: tuple[tuple[str, QuantizedSet], ...] | Selection
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Assignment):
+            return NotImplemented
+        sources = self.source, other.source
+        return any(isinstance(s, Selection) for s in sources) or self.source == other.source
+
+    def __hash__(self) -> int:
+        return hash(Assignment)
+
+    def by_path(self, params: Any) -> dict[str, QuantizedSet]:
+        """The sets by the paths of their leaves."""
+        if isinstance(self.source, Selection):
+            return self.source.assign(params)
+        return dict(self.source)
 
 
 class BinaryRelaxState(NamedTuple):

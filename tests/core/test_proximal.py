@@ -17,6 +17,7 @@ SETS = [
     brx.ScaledLevels((-1.7, -0.3, 0, 0.3, 1.7)),
 ]
 MAPS = [brx.Relaxation(), brx.PiecewiseAffine(), brx.SoftThreshold()]
+PROXQUANT = brx.SoftThreshold(updates_float_params=True)
 LAMBDAS = (0.0, 0.3, 4.0, 1e3)
 
 every_set = pytest.mark.parametrize("qset", SETS, ids=repr)
@@ -175,7 +176,7 @@ def test_proxquant_is_a_proximal_step_of_the_weights_themselves():
         optax.sgd(0.3),
         qset,
         lam=lambda count: 0.01 * count,
-        proximal_map=brx.SoftThreshold(updates_float_params=True),
+        proximal_map=PROXQUANT,
     )
     params, state, wanted = trained(optimizer, {"kernel": jnp.asarray(y)}, steps=10)
     for count in range(10):
@@ -185,7 +186,7 @@ def test_proxquant_is_a_proximal_step_of_the_weights_themselves():
     np.testing.assert_array_equal(brx.float_params(state, params)["kernel"], params["kernel"])
 
 
-@pytest.mark.parametrize("proximal_map", [*MAPS, brx.SoftThreshold(updates_float_params=True)], ids=repr)
+@pytest.mark.parametrize("proximal_map", [*MAPS, PROXQUANT], ids=repr)
 def test_phase_two_is_exact_with_every_map(proximal_map):
     plan = brx.continuation(30, "linear")
     optimizer = brx.binary_relax(optax.sgd(0.1), SETS[1], *plan, proximal_map=proximal_map)

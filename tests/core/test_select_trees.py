@@ -1,0 +1,283 @@
+"""Selections by functions and by trees of sets, and what a selection says of params."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import brelax_jax as brx
+
+BINARY, TERNARY, FOUR_BITS = brx.Binary(), brx.Ternary(), brx.Uniform(4)
+PARAMS = {
+    "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
+    "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2), "scale": jnp.ones((2, 2))},
+}
+TREE = {
+    "conv": {"kernel": BINARY, "bias": TERNARY},
+    "head": {"kernel": FOUR_BITS, "bias": None, "scale": None},
+}
+CHOSEN = {"conv/bias": TERNARY, "conv/kernel": BINARY, "head/kernel": FOUR_BITS}
+
+
+def assigned(qset, params=PARAMS):
+    """What a transformation quantizes, by its state."""
+    state = jax.eval_shape(brx.binary_connect(optax.sgd(0.1), qset).init, params)
+    return state.sets.by_path(params)
+
+
+def large(path, leaf):
+    return leaf.size > 10
+
+
+def is_head(path, leaf):
+    return path.startswith("head/k")
+
+
+# Functions as keys
+
+
+def test_a_key_may_be_a_function_of_path_and_leaf():
+    rules = brx.select((is_head, FOUR_BITS), (large, BINARY), default=TERNARY)
+    wanted = {"conv/kernel": BINARY, "head/kernel": FOUR_BITS}
+    assert rules.assign(PARAMS) == assigned(rules) == wanted
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert rules.assign(shapes) == wanted
+
+
+def test_the_first_key_decides_whatever_its_spelling():
+    rules = brx.select((large, None), ("kernel$", BINARY), (lambda path, leaf: True, TERNARY))
+    wanted = dict.fromkeys(("conv/bias", "head/bias", "head/scale"), TERNARY)
+    assert rules.assign(PARAMS) == {**wanted, "head/kernel": BINARY}
+
+
+def test_a_function_that_fits_no_leaf_is_no_mistake():
+    """It may be a policy, as for small leaves; a pattern that finds nothing is a misspelling."""
+    rules = brx.select((lambda path, leaf: leaf.ndim == 5, None), default=BINARY)
+    assert rules.assign(PARAMS).keys() == {"conv/kernel", "head/kernel"}
+
+
+@pytest.mark.parametrize("answer", [None, "yes", 1, jnp.array(True), BINARY], ids=repr)
+def test_a_function_that_returns_something_else_is_refused(answer):
+    rules = brx.select((lambda path, leaf: answer, BINARY))
+    with pytest.raises(ValueError, match=r"must return True or False.*'conv/bias'.*shape and dtyp"):
+        rules.assign(PARAMS)
+
+
+def test_a_key_that_looks_at_values_is_refused_under_jit():
+    rules = brx.select((lambda path, leaf: jnp.all(leaf > 0), BINARY))
+    with pytest.raises(ValueError, match=r"'conv/bias'.*not at its values"):
+        jax.jit(brx.binary_connect(optax.sgd(0.1), rules).init)(PARAMS)
+
+
+# Trees of sets
+
+
+def test_a_tree_of_sets_takes_the_place_of_rules():
+    assert assigned(TREE) == CHOSEN
+    assert assigned(lambda params: TREE) == CHOSEN
+    assert assigned(brx.select(lambda params: TREE)) == CHOSEN
+
+
+def test_a_set_in_the_place_of_a_subtree_is_for_its_kernels():
+    wanted = {"conv/kernel": BINARY, "head/kernel": FOUR_BITS}
+    assert assigned({"conv": BINARY, "head": FOUR_BITS}) == wanted
+    assert assigned({"conv": BINARY, "head": None}) == {"conv/kernel": BINARY}
+    assert assigned(lambda params: TERNARY) == dict.fromkeys(wanted, TERNARY)
+
+
+def test_trees_of_every_kind():
+    def by_rank(params):
+        return jax.tree.map(lambda p: BINARY if p.ndim > 1 else None, params)
+
+    layer = jax.tree_util.register_dataclass(
+        dataclasses.make_dataclass("Layer", ["kernel", "bias"]), ["kernel", "bias"], []
+    )
+    kernel, bias = jnp.ones((2, 3)), jnp.ones(3)
+    network = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    for params, path in [
+        ([kernel, bias, None], "0"),
+        ((layer(kernel, bias), optax.MaskedNode()), "0/kernel"),
+        (network, "kernel"),
+        (kernel, ""),
+    ]:
+        assert assigned(by_rank(params), params) == {path: BINARY}
+        assert assigned(by_rank, params) == {path: BINARY}
+    assert assigned({"kernel": TERNARY, "bias": None}, network) == {"kernel": TERNARY}
+
+
+def test_a_module_that_can_be_called_is_a_tree_like_any_other():
+    class Module(dict):
+        def __call__(self):
+            raise AssertionError
+
+    jax.tree_util.register_pytree_with_keys(
+        Module,
+        lambda m: ([(jax.tree_util.DictKey(k), v) for k, v in m.items()], tuple(m)),
+        lambda keys, values: Module(zip(keys, values, strict=True)),
+    )
+    assert assigned(Module(a=BINARY), Module(a=jnp.ones((2, 2)))) == {"a": BINARY}
+
+
+def test_a_tree_is_for_the_whole_network_also_where_only_a_part_is_trained():
+    params = {**PARAMS, "head": optax.MaskedNode()}
+    assert assigned(TREE, params) == {name: CHOSEN[name] for name in ("conv/bias", "conv/kernel")}
+    optimizer = optax.masked(
+        brx.binary_connect(optax.sgd(0.1), TREE), {"conv": True, "head": False}
+    )
+    state = jax.eval_shape(optimizer.init, PARAMS)
+    updates, _ = jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
+    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+
+
+@pytest.mark.parametrize("qset", [TREE, brx.select(lambda params: TREE)], ids=["tree", "function"])
+def test_inside_inject_hyperparams(qset):
+    make = optax.inject_hyperparams(brx.binary_relax)
+    optimizer = make(optax.sgd(0.1), qset, brx.continuation(8))
+    state = jax.eval_shape(optimizer.init, PARAMS)
+    assert state.inner_state.sets.by_path(PARAMS) == CHOSEN
+    _, after = jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+REFUSED = {
+    "a leaf without a set": (
+        {"conv": TREE["conv"], "head": {"kernel": BINARY}},
+        r"nothing for 'head/bias'.*or None",
+    ),
+    "a set without a leaf": (
+        {**TREE, "tail": BINARY},
+        r"Binary.* at 'tail', where params have nothing.*conv/bias",
+    ),
+    "a set below a leaf": ({**TREE, "conv": {"kernel": [BINARY]}}, r"at 'conv/kernel/0'"),
+    "a name": ({**TREE, "conv": "binary"}, r"sets and None.*got 'binary' at 'conv'"),
+    "a class": ({**TREE, "conv": brx.Binary}, r"got <class.*Binary'> at 'conv'"),
+    "a mask": (jax.tree.map(lambda p: p.ndim > 1, PARAMS), r"got False at 'conv/bias'"),
+    "a function to a text": (lambda params: "binary", r"function from params.*got 'binary'"),
+    "a function to arrays": (lambda params: params, r"got .*at 'conv/bias'"),
+    "a function to rules": (lambda params: brx.select(default=BINARY), r"got Selection"),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(("qset", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_tree_that_is_not_like_the_params_is_refused(qset, message, jitted):
+    def init(params):
+        return brx.binary_connect(optax.sgd(0.1), qset).init(params)
+
+    with pytest.raises(ValueError, match=message):
+        (jax.jit(init) if jitted else init)(PARAMS)
+
+
+def test_a_set_for_a_leaf_that_is_not_floating_is_refused():
+    with pytest.raises(ValueError, match=r"'steps' is of dtype int32.*Binary"):
+        brx.select(lambda params: {"steps": BINARY}).assign({"steps": jnp.arange(3)})
+    block = brx.Binary(granularity=brx.PerBlock(4))
+    with pytest.raises(ValueError, match=r"'a'.*does not divide axis 1"):
+        brx.select(lambda params: {"a": block}).assign({"a": jnp.ones((2, 3))})
+
+
+def test_a_function_and_a_default_exclude_one_another():
+    with pytest.raises(ValueError, match=r"default=Binary.*leave default out"):
+        brx.select(lambda params: TREE, default=BINARY)
+
+
+# What a selection says
+
+
+def test_a_mask_says_what_is_quantized():
+    rules = brx.select(("^head/kernel", BINARY), default=TERNARY)
+    mask = rules.mask(PARAMS)
+    assert jax.tree.structure(mask) == jax.tree.structure(PARAMS)
+    paths = [path for path, leaf in jax.tree_util.tree_leaves_with_path(mask) if leaf]
+    paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path in paths}
+    assert paths == rules.assign(PARAMS).keys() == {"conv/kernel", "head/kernel"}
+
+
+def test_a_mask_is_one_of_optax():
+    """Decay of the quantized leaves alone."""
+    rules = brx.select(("^head/kernel", BINARY), ("^conv/", None))
+    decay = optax.add_decayed_weights(0.5, mask=rules.mask)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = decay.update(zeros, decay.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(updates["head"]["kernel"], 0.5)
+    assert not updates["conv"]["kernel"].any()
+    assert not updates["head"]["bias"].any()
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (brx.select(("^head/kernel", BINARY)), r"'\^head/kernel' matches no leaf.*other/kernel"),
+        (brx.select(lambda params: TREE), r"at 'conv/(bias|kernel)', where params have nothing"),
+    ],
+    ids=["rules", "tree"],
+)
+def test_a_mask_or_an_assignment_for_other_params_is_refused(selection, message):
+    for act in (selection.mask, selection.assign):
+        with pytest.raises(ValueError, match=message):
+            act({"other": {"kernel": jnp.ones((2, 2))}})
+
+
+# In the state
+
+
+def test_equal_functions_make_equal_states_and_compile_once():
+    traces = []
+
+    def optimizer():
+        return brx.binary_connect(
+            optax.sgd(0.1), brx.select((lambda path, leaf: leaf.ndim > 2, BINARY))
+        )
+
+    @jax.jit
+    def step(grads, state, params):
+        traces.append(1)
+        return optimizer().update(grads, state, params)
+
+    states = [optimizer().init(PARAMS) for _ in range(2)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for state in states:
+        _, after = step(PARAMS, state, PARAMS)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        step(PARAMS, after, PARAMS)
+    assert len(traces) == 1
+    other = brx.binary_connect(optax.sgd(0.1), brx.select((large, TERNARY))).init(PARAMS)
+    assert jax.tree.structure(other) != jax.tree.structure(states[0])
+
+
+OTHERS = {
+    "another set": ({"a": TERNARY, "b": None}, r"'a' was selected for Binary.*for Ternary.*`init`"),
+    "another granularity": (
+        {"a": brx.Binary(granularity=brx.PerChannel()), "b": None},
+        r"'a' was selected for Binary.*PerChannel",
+    ),
+    "a leaf more": ({"a": BINARY, "b": BINARY}, r"'b' was selected for None.*for Binary"),
+    "a leaf less": (
+        lambda params: {"a": None, "b": None},
+        r"'a' was selected for Binary.*for None",
+    ),
+}
+
+
+@pytest.mark.parametrize(("other", "message"), OTHERS.values(), ids=OTHERS)
+def test_a_state_of_other_sets_is_refused(other, message):
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    state = brx.binary_connect(optax.sgd(0.1), {"a": BINARY, "b": None}).init(params)
+    with pytest.raises(ValueError, match=message):
+        brx.binary_connect(optax.sgd(0.1), other).update(params, state, params)
+
+
+def test_a_state_whose_params_optax_has_mapped_can_be_read_and_updated():
+    """`optax.tree.map_params` gives a state the structure of one that was made for no params."""
+    optimizer = brx.binary_connect(optax.sgd(0.0), brx.select((large, BINARY), ("", None)))
+    state = optimizer.init(PARAMS)
+    mapped = optax.tree.map_params(optimizer, lambda y: 2 * y, state)
+    np.testing.assert_array_equal(brx.float_params(mapped, PARAMS)["conv"]["kernel"], 2.0)
+    assert brx.quantized_params(mapped, PARAMS)["conv"]["kernel"].shape == (3, 3, 2, 4)
+    _, after = optimizer.update(PARAMS, mapped, PARAMS)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert after.sets.by_path(PARAMS) == {"conv/kernel": BINARY}
