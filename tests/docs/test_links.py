@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.helpers.snippets import ROOT, read
+from tests.helpers.snippets import ROOT, prose
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -12,10 +12,6 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 FOLDERS = "benchmarks|brelax_jax|docs|examples|results|tests"
-
-
-def prose(page):
-    return re.sub(r"^```.*?^```$", "", read(page), flags=re.M | re.S)
 
 
 def anchors(page):
