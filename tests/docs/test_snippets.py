@@ -1,0 +1,94 @@
+"""The Python snippets of the README and of docs/ run, and do what their pages say of them."""
+
+import os
+import re
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+import brelax_jax as brx
+from tests.helpers.snippets import PAGES, ROOT, prose, read, run, snippets
+
+ON_EIGHT_DEVICES = ["docs/sharding.md"]
+HERE = [page for page in PAGES if snippets(page) and page not in ON_EIGHT_DEVICES]
+
+
+@pytest.mark.parametrize("page", HERE)
+def test_snippets_run(page):
+    run(page)
+
+
+@pytest.mark.parametrize("page", ON_EIGHT_DEVICES)
+def test_snippets_run_on_eight_devices(page):
+    """In a process of their own: JAX fixes the number of devices when it starts."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-W", "error", "-m", "tests.helpers.snippets", page]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_snippet_is_overlooked(page):
+    """Fenced blocks name their language, and no indented block holds Python."""
+    fences = re.findall(r"^ *(?:```|~~~).*$", read(page), re.M)
+    assert set(fences[::2]) <= {"```python", "```sh", "```text"}
+    assert set(fences[1::2]) <= {"```"}
+    assert not re.findall(r"^ {4}.*\b(?:brx|jax|optax)\.\w+\(.*$", prose(page), re.M)
+
+
+def test_the_rules_of_the_readme_fit_its_network():
+    """A rule for which there is no leaf is an error."""
+    names = run("README.md")
+    jax.eval_shape(brx.binary_relax(optax.sgd(0.1), names["rules"], 1.0).init, names["params"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "average"), [("deployed", "average"), ("deployed_ema", "averaged")]
+)
+def test_what_is_deployed_is_the_projected_average(weights, average):
+    names = run("docs/wrappers.md")
+    deployed, mean = names[weights]["kernel"], names[average]["kernel"]
+    np.testing.assert_allclose(deployed, brx.Binary().project(mean), rtol=1e-5)
+    assert len(np.unique(deployed)) == 2
+    assert len(np.unique(mean)) > 2
+
+
+def test_the_average_is_that_of_the_float_weights():
+    """Each counts 0.9 times as much as the next."""
+    history = []
+    names = run("docs/wrappers.md")
+    names["train"](
+        brx.binary_relax(optax.sgd(0.5), brx.Binary(), lam=1.0, hard_from=30),
+        names["params"],
+        40,
+        lambda state, params: history.append(brx.float_params(state, params)["kernel"]),
+    )
+    wanted = np.average(history, axis=0, weights=0.9 ** np.arange(39, -1, -1))
+    np.testing.assert_allclose(names["averaged"]["kernel"], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_lookahead_of_the_float_weights():
+    """As a base, it moves them as Optax's moves its fast params; and the params end exact."""
+    names = run("docs/wrappers.md")
+    chex.assert_trees_all_equal(
+        names["ahead"], brx.quantized_params(names["ahead_state"], names["ahead"])
+    )
+    optimizer = brx.binary_relax(names["lookahead"](optax.sgd(0.5), 3, 0.5), brx.Binary(), 0.0)
+    params, _ = names["train"](optimizer, names["params"], 7)
+    theirs = optax.lookahead(optax.sgd(0.5), 3, 0.5)
+    both = optax.LookaheadParams.init_synced(names["params"])
+    state = theirs.init(both)
+    for _ in range(7):
+        updates, state = theirs.update(jax.grad(names["loss"])(both.fast), state, both)
+        both = optax.apply_updates(both, updates)
+    chex.assert_trees_all_close(params, both.fast, rtol=1e-5)

@@ -1,0 +1,53 @@
+"""The Python snippets of the README and of the pages in docs/.
+
+`python -m tests.helpers.snippets docs/sharding.md` runs those of one page.
+"""
+
+import functools
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
+)
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+
+KERNEL = np.random.default_rng(0).standard_normal((8, 8), "f4")
+GIVEN = {  # what a page leaves to the reader
+    "README.md": {"params": {name: {"kernel": KERNEL} for name in ("Conv_0", "Dense_0", "head")}}
+}
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def snippets(page):
+    """Each snippet of a page, with the number of lines above it."""
+    text = read(page)
+    return [(text.count("\n", 0, found.start(1)), found[1]) for found in SNIPPET.finditer(text)]
+
+
+def prose(page):
+    """What is left of a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", read(page), flags=re.M | re.S)
+
+
+@functools.cache
+def run(page):
+    """Runs a page's snippets, one after the other, and returns the names that they define.
+
+    Tracebacks show the lines of the page.
+    """
+    names = dict(GIVEN.get(page, {}))
+    for lines_above, snippet in snippets(page):
+        exec(compile("\n" * lines_above + snippet, ROOT / page, "exec"), names)
+    return names
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])
