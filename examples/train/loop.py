@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 import brelax_jax as brx
-from examples.runs.checkpoints import Checkpoints
 from examples.runs.events import Events
 from examples.runs.log import Log
 from examples.runs.progress import Progress
 from examples.runs.report import bits_per_weight, leaves, quantized_layers, size_in_bytes
+from examples.train.checkpoints import Checkpoints
 from examples.train.config import Config
 from examples.train.data.load import Data
 from examples.train.data.splits import AnySplit
@@ -44,7 +44,7 @@ def run(config: Config, data: Data, progress: Progress, resume: bool = False) ->
         log.cut(begun)
     else:
         log.start(
-            config,
+            config.to_json(),
             examples=len(data.train),
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         )

@@ -17,10 +17,10 @@ import pytest
 
 from examples import experiments
 from examples.runs import report
-from examples.runs.checkpoints import Checkpoints
 from examples.runs.log import Log, read
 from examples.train import __main__ as train
 from examples.train import cli
+from examples.train.checkpoints import Checkpoints
 from examples.train.data import load as data
 from examples.train.data.splits import Split
 from examples.train.loop import deployed

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from examples.language_model.training import Settings, Trainer
 
 import brelax_jax as brx
 from examples.language_model import __main__ as language_model
 from examples.language_model import text
 from examples.language_model import training as language_training
 from examples.language_model.__main__ import Run, measured, row, spread
-from examples.language_model.training import Settings, Trainer
 from examples.runs.progress import Progress
 from tests.helpers import oracles
 from tests.helpers.made_text import made_text

@@ -1,9 +1,8 @@
-"""The networks of the language model example, and the jitted functions over them."""
+"""Training, evaluation and samples: the jitted functions over the networks and the text."""
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,107 +11,11 @@ import optax
 from jax import Array
 
 import brelax_jax as brx
+from examples.language_model.config import Settings
+from examples.language_model.networks import networks, ternary
 from examples.language_model.text import Codes, Text, batch_at, windows
 from examples.language_model.transformer import Transformer
 from examples.runs.progress import Progress
-from examples.train.config import setting
-
-SETS = {"ternary-threshold": brx.TernaryThreshold, "ternary": brx.Ternary}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run computes."""
-
-    width: int = setting(128, "model", "numbers that stand for a character")
-    layers: int = setting(4, "model", "blocks of attention and two dense layers")
-    heads: int = setting(4, "model", "heads of each attention")
-    context: int = setting(64, "model", "characters that a prediction may look at")
-    batch: int = setting(16, "training", "pieces of text in a step")
-    steps: int = setting(1000, "training", "steps of the float network")
-    further_steps: int = setting(1000, "training", "steps of each network that starts from it")
-    warmup: int = setting(100, "training", "steps over which a learning rate grows")
-    lr: float = setting(4e-3, "training", "highest learning rate")
-    weight_decay: float = setting(0.01, "training", "AdamW's, on the float weights")
-    set: str = setting(
-        "ternary-threshold", "quantization", "by threshold, or the nearest ternary", tuple(SETS)
-    )
-    shape: str = setting(
-        "geometric", "quantization", "growth of λ", ("geometric", "linear", "cosine", "sigmoid")
-    )
-    hard_share: float = setting(
-        0.25, "quantization", "share of the steps that is phase II, exactly quantized"
-    )
-
-    def check(self) -> None:
-        """Raises a ValueError, naming the option, if a number is out of its range."""
-        ones = dict.fromkeys(("width", "layers", "heads", "batch", "steps", "further_steps"), 1)
-        for name, least in {**ones, "context": 2, "warmup": 0, "weight_decay": 0}.items():
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{flag(name)} must be at least {least}, got {getattr(self, name)}."
-                )
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"--lr must be positive, got {self.lr}.")
-        if self.width % self.heads:
-            raise ValueError(f"--heads {self.heads} must divide --width {self.width}.")
-        if not 0 <= self.hard_share <= 1:
-            raise ValueError(f"--hard-share must be from 0 to 1, got {self.hard_share}.")
-        if self.warmup >= min(self.steps, self.further_steps):
-            raise ValueError(
-                f"--warmup must be less than the steps of each network, got {self.warmup}."
-            )
-
-
-def flag(name: str) -> str:
-    """The option of a setting."""
-    return "--" + name.replace("_", "-")
-
-
-class Network(NamedTuple):
-    """How a network comes about.
-
-    Attributes:
-      before: steps that its start has behind it.
-      steps: its own.
-      optimizer: AdamW, alone or inside a transformation that quantizes.
-      ternary: whether its kernels end up ternary.
-    """
-
-    before: int
-    steps: int
-    optimizer: optax.GradientTransformation
-    ternary: bool
-
-
-START = "float"
-
-
-def ternary(settings: Settings) -> brx.Selection:
-    """Every kernel but the head's, one scale for each output channel; embeddings are no kernels."""
-    qset = SETS[settings.set](granularity=brx.PerChannel())
-    return brx.select((r"^head/", None), default=qset)
-
-
-def networks(settings: Settings) -> dict[str, Network]:
-    """All networks by their names. The first one starts from scratch, the others from it."""
-    steps, further = settings.steps, settings.further_steps
-
-    def adamw(steps: int) -> optax.GradientTransformation:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, settings.warmup, steps)
-        return optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay)
-
-    base, rules = adamw(further), ternary(settings)
-    connect = brx.binary_connect(base, rules)
-    plan = brx.continuation(further, settings.shape, settings.hard_share)
-    relax = brx.binary_relax(base, rules, *plan)
-    return {
-        START: Network(0, steps, adamw(steps), False),
-        "abrupt ternary": Network(steps, 0, connect, True),
-        "float, further": Network(steps, further, base, False),
-        "BinaryRelax": Network(steps, further, relax, True),
-        "BinaryConnect": Network(steps, further, connect, True),
-    }
 
 
 class Trainer:

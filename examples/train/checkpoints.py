@@ -5,7 +5,6 @@ it is read.
 import contextlib
 import gc
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Generator
@@ -16,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.runs.report import leaves
+from examples.runs.studies import sha256_of_json
 from examples.train.config import Config, differences
 from examples.train.steps import TrainState
 
@@ -157,11 +157,6 @@ def sha256(tree: Any) -> str:
         total.update(f"{path} {array.dtype} {array.shape}\n".encode())
         total.update(array.tobytes())
     return total.hexdigest()
-
-
-def sha256_of_json(value: Any) -> str:
-    """The SHA-256 of what JSON can keep, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _check(name: str, found: str, expected: str) -> None:
