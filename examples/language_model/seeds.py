@@ -18,10 +18,11 @@ from examples.language_model.config import Settings
 from examples.language_model.networks import START
 from examples.language_model.report import shown
 from examples.language_model.trainer import Trainer
+from examples.runs import studies
 from examples.runs.progress import Progress
 from examples.runs.report import bits_per_weight, quantized_layers, size_in_bytes
 from examples.runs.settings import differences
-from examples.runs.studies import REVISION, Study, current
+from examples.runs.studies import Study, current
 
 VERSIONS = {package.__name__: package.__version__ for package in (brx, jax, optax, flax)}
 
@@ -66,7 +67,7 @@ class Seed:
         self.study.add(
             {
                 "name": self._name(name),
-                "revision": REVISION if ternary else None,
+                "revision": studies.REVISION if ternary else None,
                 "versions": VERSIONS,
                 "settings": self._settings,
                 "seed": self.seed,
