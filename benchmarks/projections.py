@@ -4,6 +4,7 @@ A pass is `jnp.sum(jnp.abs(w))` on the same weights, jitted. All rows take turns
 of several runs counts. With the extra `parq` the last table compares with torchao's PARQ optimizer.
 """
 
+import argparse
 import functools
 import importlib
 import time
@@ -143,6 +144,9 @@ def parq_calls(kernels: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], An
 
 def main() -> None:
     """Prints all tables."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.projections", description=__doc__
+    ).parse_args()
     projection_times()
     growth()
     against_parq()

@@ -8,6 +8,7 @@ rows of a table take turns. In the first two the smallest of several runs counts
 median of the ratios of each turn.
 """
 
+import argparse
 import dataclasses
 import math
 import time
@@ -197,6 +198,8 @@ def training_step_times() -> None:
 
 def main() -> None:
     """Prints the tables."""
+    program = "python -m benchmarks.updates"
+    argparse.ArgumentParser(prog=program, description=__doc__).parse_args()
     update_times()
     metrics_times()
     training_step_times()

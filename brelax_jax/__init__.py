@@ -43,3 +43,4 @@ from brelax_jax.transforms import strength as strength
 from brelax_jax.transforms import with_float_params as with_float_params
 
 __version__ = "0.1.0"
+__revision__ = 1  # of the algorithm: raised when the same settings train to other weights

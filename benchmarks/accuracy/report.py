@@ -1,4 +1,4 @@
-"""The report on the accuracy grid, from the JSONs of its runs alone.
+"""The report on the accuracy grid, from the lines of its runs alone.
 
 Accuracy is that of the deployed network after the last step, on the test split. The study's table,
 from which settings are chosen, is of the validation split.
@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.plots import plot_bits, plot_curves, plot_pull
-from benchmarks.accuracy.records import mistaken_name, read_record
-from benchmarks.accuracy.runs import (
-    START,
-    Run,
-    set_name,
-    with_starts,
-)
+from benchmarks.accuracy.records import Results, mistaken_name
+from benchmarks.accuracy.runs import START, Run, set_name, with_starts
+from examples.runs.studies import current, other_revisions
 from examples.train.config import Config
 
 CONTINUED, CONNECT = "float-continued", "binary_connect"
@@ -28,21 +24,25 @@ TITLES = {
     "binary_relax": "BinaryRelax", "parq": "PARQ", "proxquant": "ProxQuant",
 }  # fmt: skip
 NONE = "–"
-Row = dict[int, dict[str, Any]]  # JSONs by seed
+Row = dict[int, dict[str, Any]]  # lines by seed
 
 
-def report(runs: Sequence[Run], results: str, docs: str, tag: str) -> str:
+def report(runs: Sequence[Run], results: Results, docs: str, tag: str) -> str:
     """Writes the table into docs/accuracy.md and draws the plots; returns the table.
 
     Raises:
-      ValueError: if a JSON is of other settings, or if there is none.
+      ValueError: if a line is of other settings, or if there is none.
     """
     rows = read_rows(with_starts(runs), results)
     quantized = {key: row for key, row in rows.items() if key[0]}
-    missing = [run.name for run in runs if not (Path(results) / f"{run.name}.json").exists()]
+    there = {record["name"] for row in rows.values() for record in row.values()}
+    missing = [run.name for run in runs if run.name not in there]
     text = table(accuracy_rows(rows))
     if missing:
         text += f"\n\nNot there yet ({len(missing)} of {len(runs)}): {', '.join(missing)}."
+    names = {run.name for run in runs}
+    if left_out := other_revisions([r for r in results.every() if r["name"] in names]):
+        text += f"\n\n{left_out}"
     every = list(itertools.chain.from_iterable(row.values() for row in rows.values()))
     text += "\n\n" + origin(every)
     Path(docs).mkdir(parents=True, exist_ok=True)
@@ -60,16 +60,17 @@ def report(runs: Sequence[Run], results: str, docs: str, tag: str) -> str:
     return text
 
 
-def read_rows(runs: Iterable[Run], results: str) -> dict[tuple[str, str], Row]:
-    """The JSONs that are there, by set ('' for float runs) and method, then by seed."""
+def read_rows(runs: Iterable[Run], results: Results) -> dict[tuple[str, str], Row]:
+    """The lines that are there, by set ('' for float runs) and method, then by seed."""
     rows: dict[tuple[str, str], Row] = {}
     for run in runs:
-        path = Path(results) / f"{run.name}.json"
-        if path.exists():
+        if record := results.find(run):
             of_set = "" if run.config.method == "float" else set_name(run.config.set)
-            rows.setdefault((of_set, run.method), {})[run.config.seed] = read_record(path, run)
+            rows.setdefault((of_set, run.method), {})[run.config.seed] = record
     if not rows:
-        raise ValueError(f"There is no JSON of these runs in {results}: train them first.")
+        raise ValueError(
+            f"There is no line of these runs in {results.directory}: train them first."
+        )
     return rows
 
 
@@ -175,22 +176,22 @@ def origin(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def study(results: str, base: Config, docs: str) -> str:
+def study(results: Results, base: Config, docs: str) -> str:
     """Writes the table of all runs in the results by validation accuracy after the last epoch into
     docs/accuracy.md; returns it.
 
     Raises:
-      ValueError: if a JSON has been altered, or is of another base.
+      ValueError: if a line has been altered, or is of another base.
     """
     families: dict[str, Row] = {}
-    for path in sorted(Path(results).glob("*.json")):
-        record = read_record(path)
+    every = results.every()
+    for record in filter(current, every):
         if problem := mistaken_name(record, base):
-            raise ValueError(f"{path} is of other settings: {problem}")
-        family = path.stem.rpartition("-seed")[0]
+            raise ValueError(f"{record['name']} is of other settings: {problem}")
+        family = record["name"].rpartition("-seed")[0]
         families.setdefault(family, {})[record["settings"]["seed"]] = record
     if not families:
-        raise ValueError(f"There is no JSON in {results}: train first.")
+        raise ValueError(f"There is no line of a run in {results.directory}: train first.")
     found = {name: last(row, "validation_deployed") for name, row in families.items()}
     rows: list[dict[str, str]] = []
     for name, row in families.items():
@@ -208,6 +209,8 @@ def study(results: str, base: Config, docs: str) -> str:
             }
         )
     text = table(rows)
+    if left_out := other_revisions(every):
+        text += f"\n\n{left_out}"
     Path(docs).mkdir(parents=True, exist_ok=True)
     insert(Path(docs) / "accuracy.md", "study", text)
     return text

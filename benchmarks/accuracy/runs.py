@@ -4,6 +4,7 @@ A run's name says every setting in which it differs from the base, so that runs 
 those of the grid never meet, and a run that both need is trained once.
 """
 
+import argparse
 import dataclasses
 import re
 import typing
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.runs import studies
 from examples.train.cli import check, reader
-from examples.train.config import ELSEWHERE, Config
+from examples.train.config import ELSEWHERE, Config, without_places
 from examples.train.models import MODELS
 from examples.train.optimizer import layer_sets
 
@@ -65,7 +67,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the run's directory and of its JSON."""
+        """The name of the run's directory and of its line."""
         return Path(self.config.directory).name
 
     @property
@@ -73,12 +75,17 @@ class Run:
         """The settings without the places."""
         return settings_of(self.config.to_json())
 
+    @property
+    def revision(self) -> int | None:
+        """The revision of the algorithm that the run depends on."""
+        return None if self.config.method == "float" else studies.REVISION
+
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """Settings without the places, and with those of a later version at their defaults."""
     start = config.get("warm_start")
     whole = {**Config().to_json(), **config, "warm_start": start and Path(start).name}
-    return {name: value for name, value in whole.items() if name not in ELSEWHERE}
+    return without_places(whole)
 
 
 def float_start(base: Config, seed: int, changes: dict[str, Any], runs: str) -> Run:
@@ -144,8 +151,30 @@ def _idle(config: Config) -> list[str]:
     return names
 
 
+def plan(options: argparse.Namespace, base: Config = BASE) -> list[Run]:
+    """The runs that the options name, all of a seed before the next.
+
+    Raises:
+      ValueError: if a name is not known.
+    """
+    if unknown := [name for name in options.methods if name not in METHODS]:
+        raise ValueError(f"Unknown method {unknown[0]!r}. Known: {', '.join(METHODS)}.")
+    changes = {"granularity": options.granularity, **parse_changes(options.override)}
+    runs = [
+        make_run(base, method, word, seed, options.epochs, changes, options.runs)
+        for seed in options.seeds
+        for word in options.sets
+        for method in options.methods
+    ]
+    return list({run.name: run for run in runs}.values())
+
+
 def placed(method: str, config: Config, base: Config, runs: str, start: Run | None = None) -> Run:
-    """The run in its directory, whose name says the settings that are not the base's."""
+    """The run in its directory, whose name says the settings that are not the base's.
+
+    From the second revision of the algorithm on, quantized runs are in a directory of its own, so
+    that none goes on from another revision's checkpoint.
+    """
     words = [method]
     if method != START:
         words = [] if config.method == "float" else [set_name(config.set)]
@@ -157,6 +186,8 @@ def placed(method: str, config: Config, base: Config, runs: str, start: Run | No
         if name not in NAMED and value != getattr(base, name):
             words.append(_word(name, value))
     name = re.sub(r"[/:]", "_", "-".join([*words, f"seed{config.seed}"]))
+    if config.method != "float" and studies.REVISION > 1:
+        runs = f"{runs}/revision{studies.REVISION}"
     return Run(method, dataclasses.replace(config, out=f"{runs}/{name}"), start)
 
 

@@ -1,15 +1,12 @@
 """Texts in memory, as codes of their characters: TFDS's tiny_shakespeare."""
 
 import dataclasses
-import logging
-import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.train.data.load import PREPARE
+from examples.runs import datasets
 
 HELD_OUT = 0.05
 Codes = NDArray[np.int32]
@@ -44,17 +41,8 @@ def load(name: str = "tiny_shakespeare") -> Text:
     Raises:
       FileNotFoundError: if it has to be prepared first; the message says how.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it would recommend OpenCV
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
-    if not builder.is_prepared():
-        raise FileNotFoundError(PREPARE.format(name=name, place=builder.data_path))
-    if builder.info.file_format.value not in ("array_record", "parquet"):  # no random access
-        raise FileNotFoundError(
-            f"{builder.data_path} is of the format {builder.info.file_format.value}, which needs "
-            "TensorFlow to be read: remove it, and start this program again to see what to do."
-        )
+    builder = datasets.builder_of(name)
+    datasets.check_prepared(name, builder)
     splits = ("train", "validation", "test")
     return encode(*(builder.as_data_source(split=split)[0]["text"].decode() for split in splits))
 

@@ -1,1 +1,1 @@
-"""What programs share about a run: its log, checkpoints, progress, report and pictures."""
+"""What programs share about a run: settings, data sets, progress, logs, studies, pictures."""

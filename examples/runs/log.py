@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from examples.train.config import Config
-
 PACKAGES = ("brelax_jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
 
@@ -28,10 +26,10 @@ class Log:
         self.path = Path(directory) / "log.jsonl"
         self._follow: Callable[[dict[str, Any]], None] | None = None
 
-    def start(self, config: Config, **facts: Any) -> None:
-        """Begins the log anew."""
+    def start(self, config: dict[str, Any], **facts: Any) -> None:
+        """Begins the log anew, with the settings of the run."""
         versions = {name: _version(name) for name in PACKAGES}
-        header = dict(kind="header", config=config.to_json(), versions=versions)
+        header = dict(kind="header", config=config, versions=versions)
         self._replace([_plain({**header, "device": str(jax.devices()[0]), **facts})])
 
     def cut(self, epoch: int) -> None:

@@ -36,17 +36,14 @@ def leaves(params: Any) -> dict[str, Any]:
 
 def quantized_layers(params: Any, selection: brx.Selection) -> list[Layer]:
     """The layers that a selection quantizes, with what they hold in these params."""
-    found = []
-    for path, leaf in leaves(params).items():
-        qset = selection.set_of(path, leaf)
-        if qset is not None:
-            groups = qset.granularity.groups(leaf.shape)
-            rows = np.moveaxis(
-                np.asarray(leaf).reshape(groups.view), groups.axes, range(-len(groups.axes), 0)
-            )
-            rows = rows.reshape(math.prod(groups.scale), -1)
-            distinct = max(len(np.unique(row)) for row in rows)
-            found.append(Layer(path, leaf.size, len(rows), len(qset.levels), distinct))
+    found, arrays = [], leaves(params)
+    for path, qset in selection.assign(params).items():
+        leaf = np.asarray(arrays[path])
+        groups = qset.granularity.groups(leaf.shape)
+        rows = np.moveaxis(leaf.reshape(groups.view), groups.axes, range(-len(groups.axes), 0))
+        rows = rows.reshape(math.prod(groups.scale), -1)
+        distinct = max(len(np.unique(row)) for row in rows)
+        found.append(Layer(path, leaf.size, len(rows), len(qset.levels), distinct))
     return found
 
 

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from examples.runs.settings import flag
 from examples.train import mesh
 from examples.train.config import PRESETS, Config
 
@@ -123,11 +124,6 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         group.add_argument(flag(field.name), choices=field.metadata["choices"], **common)
     else:
         group.add_argument(flag(field.name), type=reader(hint), metavar=_metavar(hint), **common)
-
-
-def flag(name: str) -> str:
-    """The option of a field."""
-    return "--" + name.replace("_", "-")
 
 
 def scalar(hint: Any) -> Any:

@@ -4,12 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-
-def setting(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with what the command line needs to know of it."""
-    return dataclasses.field(
-        default=default, metadata={"group": group, "help": help, "choices": choices}
-    )
+from examples.runs import settings
+from examples.runs.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,13 +216,10 @@ ELSEWHERE = ("out", "mesh", "tensorboard")  # say where a run computes and write
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Lines that say which settings differ between two runs, those of the place apart. What an
-    earlier version did not have yet is at its default.
-    """
-    defaults = Config().to_json()
-    lines: list[str] = []
-    for name in sorted({*theirs, *ours} - set(ELSEWHERE)):
-        values = [settings.get(name, defaults.get(name)) for settings in (theirs, ours)]
-        if values[0] != values[1]:
-            lines.append(f"{name}: {values[0]!r} there, {values[1]!r} here")
-    return lines
+    """Lines that say which settings differ between two runs, those of the place apart."""
+    return settings.differences(without_places(theirs), without_places(ours), Config().to_json())
+
+
+def without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that say what a run computes."""
+    return {name: value for name, value in config.items() if name not in ELSEWHERE}

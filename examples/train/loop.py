@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 import brelax_jax as brx
-from examples.runs.checkpoints import Checkpoints
 from examples.runs.events import Events
 from examples.runs.log import Log
 from examples.runs.progress import Progress
 from examples.runs.report import bits_per_weight, leaves, quantized_layers, size_in_bytes
+from examples.train.checkpoints import Checkpoints
 from examples.train.config import Config
 from examples.train.data.load import Data
 from examples.train.data.splits import AnySplit
@@ -44,7 +44,7 @@ def run(config: Config, data: Data, progress: Progress, resume: bool = False) ->
         log.cut(begun)
     else:
         log.start(
-            config,
+            config.to_json(),
             examples=len(data.train),
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         )
@@ -128,12 +128,11 @@ def pull(trainer: Trainer, state: TrainState) -> dict[str, float]:
 
 def layer_metrics(trainer: Trainer, state: TrainState) -> dict[str, dict[str, Any]]:
     """The metrics of each quantized layer; waits for the device."""
-    selection = layer_sets(trainer.config)
+    sets = layer_sets(trainer.config).assign(state.params)
     found = {}
     for path, values in jax.device_get(trainer.metrics(state.opt_state, state.params)).items():
         mean_scale = np.mean(values.scale, dtype=np.float64)
-        levels = selection.the_set_of(path, leaves(state.params)[path]).levels
-        found[path] = {**values._asdict(), "scale": mean_scale, "levels": levels}
+        found[path] = {**values._asdict(), "scale": mean_scale, "levels": sets[path].levels}
     return found
 
 
@@ -186,10 +185,8 @@ def log_weights(log: Log, epoch: int, state: TrainState, config: Config) -> None
     """Logs the histogram of the largest quantized layer's weights, for the plot."""
     if config.method == "float":
         return
-    selection = layer_sets(config)
-    kernels = {
-        path: leaf for path, leaf in leaves(state.params).items() if selection.set_of(path, leaf)
-    }
+    arrays = leaves(state.params)
+    kernels = {path: arrays[path] for path in layer_sets(config).assign(state.params)}
     path = max(kernels, key=lambda path: kernels[path].size)
     values = np.asarray(kernels[path], np.float32).ravel()
     counts, _ = np.histogram(

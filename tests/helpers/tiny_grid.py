@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy import runs
+from benchmarks.accuracy.records import Results
 from examples.train.config import Config
 from tests.helpers.killed import TINY
 
@@ -20,8 +22,26 @@ def grid(*more, base=TINY_BASE):
     return accuracy.main([*OPTIONS, *more], base)
 
 
-def json_of(name):
-    return RESULTS / f"{name}.json"
+def plan(*more, base=TINY_BASE):
+    return runs.plan(accuracy.parse([*OPTIONS, *more]), base)
+
+
+def lines():
+    """The lines of all runs by their names."""
+    return {record["name"]: record for record in Results(RESULTS).every()}
+
+
+def study_of(name):
+    """The file that a run's line is in."""
+    return Results(RESULTS).study(lines()[name]).path
+
+
+def drop(name):
+    """Takes a run's line out of its study; returns it."""
+    record, path = lines()[name], study_of(name)
+    kept = [text for text in path.read_text().splitlines(True) if f'"name": "{name}"' not in text]
+    path.write_text("".join(kept))
+    return record
 
 
 def table_of(text):

@@ -14,35 +14,34 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import __main__ as accuracy
-from benchmarks.accuracy.records import read_record, write_record
+from benchmarks.accuracy.grid import claimed
+from benchmarks.accuracy.records import Results
+from examples.runs import studies
 from examples.runs.log import read
+from examples.runs.studies import sha256_of_json
 from examples.train import loop
 from tests.helpers.killed import change
 from tests.helpers.tiny_grid import (
     CONNECT,
-    OPTIONS,
     PAGE,
     PARQ,
     RESULTS,
     RUNS,
     START,
     TINY_BASE,
+    drop,
     grid,
-    json_of,
+    lines,
+    plan,
+    study_of,
     table_of,
 )
 
-CLOCK = ("seconds", "sha256")
-
-
-def plan(*more, base=TINY_BASE):
-    return accuracy.plan(accuracy.parse([*OPTIONS, *more]), base)
-
 
 def results(directory="."):
-    """The JSONs by name, without what the clock has a part in."""
-    records = {p.stem: json.loads(p.read_text()) for p in (directory / RESULTS).glob("*.json")}
-    return {n: {k: v for k, v in r.items() if k not in CLOCK} for n, r in records.items()}
+    """The lines by name, without what the clock has a part in."""
+    records = Results(directory / RESULTS).every()
+    return {r["name"]: {k: v for k, v in r.items() if k != "seconds"} for r in records}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,7 +94,7 @@ def trained(monkeypatch):
 
 
 def test_what_was_killed_and_interrupted_goes_on(whole, empty, cache, trained, monkeypatch):
-    """By SIGKILL while a checkpoint is saved; then between a run's result and its JSON."""
+    """By SIGKILL while a checkpoint is saved; then between a run's result and its line."""
     environment = os.environ | cache | {"PYTHONPATH": str(Path(accuracy.__file__).parents[2])}
     command = [
         sys.executable,
@@ -107,7 +106,7 @@ def test_what_was_killed_and_interrupted_goes_on(whole, empty, cache, trained, m
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:].decode()
     assert list(results()) == [START]
     with monkeypatch.context() as patch:
-        patch.setattr(accuracy, "write_record", interrupt)
+        patch.setattr(Results, "add", interrupt)
         assert grid() == 130
     assert trained == ["data", (CONNECT, 2)]
     assert list(results()) == [START]
@@ -121,7 +120,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_the_jsons_suffice(done, trained):
+def test_the_lines_suffice(done, trained):
     shutil.rmtree(RUNS)
     assert grid() == 0
     assert trained == []
@@ -129,36 +128,36 @@ def test_the_jsons_suffice(done, trained):
 
 
 def test_a_start_whose_weights_are_gone_is_trained_again(whole, done, trained):
-    """And its JSON left as it is."""
-    before = json_of(START).read_bytes()
+    """And its line left as it is."""
+    before = study_of(START).read_bytes()
     shutil.rmtree(RUNS)
-    json_of(CONNECT).unlink()
+    drop(CONNECT)
     assert grid() == 0
     assert trained == ["data", (START, 1), (CONNECT, 1), (CONNECT, 2)]
-    assert json_of(START).read_bytes() == before
+    assert study_of(START).read_bytes() == before
     assert results() == results(whole)
 
 
 @pytest.mark.parametrize("name", [PARQ, START])
 def test_what_another_process_is_at_work_on_is_left_to_it(done, trained, capsys, name):
     """Nor does a run start from a start that is not there yet."""
-    json_of(PARQ).unlink()
-    json_of(name).unlink(missing_ok=True)
+    for each in {PARQ, name}:
+        drop(each)
     (run,) = plan("--methods", "parq")
-    with accuracy.claimed(run if name == PARQ else run.start) as ours:
+    with claimed(run if name == PARQ else run.start) as ours:
         assert ours
         assert grid("--methods", "parq") == 0
         printed = capsys.readouterr().out
         assert f"{name}: another process is at work on it" in printed
         assert f"0 of 1 runs are done.\nAt work elsewhere: {PARQ}" in printed
-        assert not json_of(PARQ).exists()
+        assert PARQ not in lines()
     assert grid("--methods", "parq") == 0
-    assert json_of(PARQ).exists()
+    assert PARQ in lines()
     assert trained == []
 
 
 def test_the_budget_says_what_is_missing(done, capsys):
-    json_of(PARQ).unlink()
+    drop(PARQ)
     (RUNS / PARQ / "log.jsonl").unlink()
     shutil.rmtree(RUNS / PARQ / "checkpoints" / "2")
     seconds = [
@@ -180,17 +179,19 @@ def test_the_budget_says_what_is_missing(done, capsys):
     assert f"at {np.median(seconds):.1f} s an epoch" in printed
 
 
-# JSONs.
+# Lines.
 
 
-def test_a_json_holds_what_the_log_does(whole):
-    record = read_record(whole / RESULTS / f"{PARQ}.json")
+def test_a_line_holds_what_the_log_does(whole):
+    (run,) = plan("--methods", "parq")
+    record = Results(whole / RESULTS).find(run)
     lines = read(whole / RUNS / PARQ / "log.jsonl")
     epochs = [line for line in lines if line["kind"] == "epoch"]
     for name in ("loss", "strength", "validation_deployed", "validation_current"):
         assert record["curve"][name] == [line[name] for line in epochs]
     for name in ("test_deployed", "test_current", "bits_per_weight"):
         assert record[name] == lines[-1][name]
+    assert record["revision"] == 1
     assert record["versions"] == lines[0]["versions"]
     assert record["settings"].items() <= {**lines[0]["config"], "warm_start": START}.items()
     assert record["diverged"] is False
@@ -207,20 +208,28 @@ def test_a_json_holds_what_the_log_does(whole):
 
 
 def altered(name, change):
-    """Changes a JSON as a hand would, but for the SHA-256."""
-    record = json.loads(json_of(name).read_text())
+    """Changes a line as a hand would, but for the SHA-256; returns the number of the line."""
+    path = study_of(name)
+    texts = path.read_text().splitlines()
+    number = next(i for i, text in enumerate(texts) if f'"name": "{name}"' in text)
+    texts[number] = change(texts[number])
+    path.write_text("\n".join(texts) + "\n")
+    return number + 1
+
+
+def rewritten(name, change):
+    """Changes a line as if it had been written so."""
+    record = drop(name)
     change(record)
-    json_of(name).write_text(json.dumps(record))
+    Results(RESULTS).add(record)
 
 
 @pytest.mark.parametrize("more", [[], ["--report"]])
-def test_a_json_of_other_settings_is_refused(done, trained, capsys, more):
-    record = read_record(json_of(CONNECT))
-    record["settings"]["lr"] = 0.2
-    write_record(json_of(CONNECT), record)
+def test_a_line_of_other_settings_is_refused(done, trained, capsys, more):
+    rewritten(CONNECT, lambda record: record["settings"].update(lr=0.2))
     assert grid(*more) == 2
     error = capsys.readouterr().err
-    assert str(json_of(CONNECT)) in error
+    assert f"{study_of(CONNECT)}: {CONNECT} is of other settings" in error
     assert "lr: 0.2 there, 0.1 here" in error
     assert trained == []
 
@@ -228,7 +237,7 @@ def test_a_json_of_other_settings_is_refused(done, trained, capsys, more):
 def test_a_grid_of_another_base_is_refused(done, trained, capsys):
     assert grid(base=dataclasses.replace(TINY_BASE, momentum=0.5)) == 2
     error = capsys.readouterr().err
-    assert str(json_of(START)) in error or str(json_of(CONNECT)) in error
+    assert START in error or CONNECT in error
     assert "momentum: 0.9 there, 0.5 here" in error
     assert grid("--study", base=dataclasses.replace(TINY_BASE, momentum=0.5)) == 2
     assert "binary-binary_connect-2ep-momentum0.9-seed0" in capsys.readouterr().err
@@ -237,25 +246,33 @@ def test_a_grid_of_another_base_is_refused(done, trained, capsys):
 
 @pytest.mark.parametrize("more", ["--report", "--study"])
 @pytest.mark.parametrize("number", ["test_deployed", "sha256", None])
-def test_an_altered_json_is_refused(done, capsys, more, number):
-    if number is None:
-        json_of(PARQ).write_text(json_of(PARQ).read_text()[:200])
-    else:
-        altered(PARQ, lambda record: record.update({number: 0.99}))
+def test_an_altered_line_is_refused(done, capsys, more, number):
+    def change(text):
+        return text[:200] if number is None else json.dumps(json.loads(text) | {number: 0.99})
+
+    path = study_of(PARQ)
+    line = altered(PARQ, change)
     assert grid(more) == 2
     error = capsys.readouterr().err
-    assert str(json_of(PARQ)) in error
-    assert ("is not the JSON of a run" if number is None else "has been altered") in error
+    assert f"{path}, line {line} ({PARQ})" in error
+    assert ("cannot be read" if number is None else "has been altered") in error
 
 
-def test_a_json_under_another_name_is_refused(done, capsys):
-    json_of(PARQ).rename(json_of(PARQ.replace("parq", "proxquant")))
+def test_a_line_under_another_name_is_refused(done, capsys):
+    other = PARQ.replace("parq", "proxquant")
+    rewritten(PARQ, lambda record: record.update(name=other))
     assert grid("--study") == 2
-    assert "proxquant" in capsys.readouterr().err
+    assert f"{other} is of other settings: they give the name {PARQ}" in capsys.readouterr().err
+
+
+def test_a_line_in_another_study_is_refused(done, capsys):
+    study_of(PARQ).rename(RESULTS / "3ep.jsonl")
+    assert grid("--study") == 2
+    assert f"{RESULTS / '3ep.jsonl'}: {CONNECT} belongs in" in capsys.readouterr().err
 
 
 def test_a_log_of_other_settings_is_refused(done, capsys):
-    json_of(PARQ).unlink()
+    drop(PARQ)
     log = RUNS / PARQ / "log.jsonl"
     log.write_text(log.read_text().replace('"lr": 0.1,', '"lr": 0.2,', 1))
     assert grid() == 2
@@ -264,10 +281,8 @@ def test_a_log_of_other_settings_is_refused(done, capsys):
     assert "lr: 0.2 there, 0.1 here" in error
 
 
-def test_a_json_from_before_a_setting_was_there_counts(done, trained):
-    record = read_record(json_of(PARQ))
-    del record["settings"]["lam_steepness"]
-    write_record(json_of(PARQ), record)
+def test_a_line_from_before_a_setting_was_there_counts(done, trained):
+    rewritten(PARQ, lambda record: record["settings"].pop("lam_steepness"))
     assert grid() == 0
     assert trained == []
 
@@ -275,7 +290,7 @@ def test_a_json_from_before_a_setting_was_there_counts(done, trained):
 def test_a_run_that_diverges_is_reported(done, capsys):
     wild = ["--methods", "binary_relax", "--override", "lr=1e30"]
     assert grid(*wild) == 0
-    record = read_record(json_of("binary-binary_relax-2ep-lr1e+30-seed0"))
+    record = lines()["binary-binary_relax-2ep-lr1e+30-seed0"]
     assert record["diverged"] is True
     assert "nan" in record["curve"]["loss"]
     capsys.readouterr()
@@ -285,6 +300,82 @@ def test_a_run_that_diverges_is_reported(done, capsys):
     assert row["by seed"] == "0: diverged"
     assert grid("--study") == 0
     assert "| diverged (1 of 1) |" in capsys.readouterr().out
+
+
+# JSON files of one run each, as earlier versions wrote them.
+
+
+def as_file(record, name=None):
+    """Such a file of a line, which had no revision."""
+    record = {name: value for name, value in record.items() if name != "revision"}
+    path = RESULTS / f"{name or record['name']}.json"
+    path.write_text(json.dumps({**record, "sha256": sha256_of_json(record)}, indent=1))
+    return path
+
+
+@pytest.mark.parametrize("name", [PARQ, START])
+def test_a_file_of_one_run_becomes_a_line(done, trained, name):
+    before = lines()
+    path = as_file(drop(name))
+    assert grid("--budget") == 0
+    assert not path.exists()
+    assert lines() == before
+    as_file(before[name])  # as if the process had been killed before it was removed
+    assert grid() == 0
+    assert not path.exists()
+    assert lines() == before
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "put", "message"),
+    [
+        (PARQ, '"diverged": false', '"diverged": false', f"holds another line of {PARQ}"),
+        (PARQ, '"diverged": false', '"diverged": true', "altered since it was written"),
+        (PARQ, '"settings"', '"set"', "not the JSON of a run"),
+        (PARQ.replace("parq", "proxquant"), "", "", "altered since it was written"),
+    ],
+)
+def test_a_file_of_one_run_that_cannot_be_right_is_refused(done, capsys, name, found, put, message):
+    path = as_file(lines()[PARQ] | {"seconds": 0.5}, name)
+    path.write_text(path.read_text().replace(found, put))
+    before = study_of(PARQ).read_bytes()
+    for more in ([], ["--report"], ["--study"]):
+        assert grid(*more) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"Error: {path} is not taken up: ")
+        assert message in error
+    assert path.exists()
+    assert study_of(PARQ).read_bytes() == before
+
+
+# Revisions of the algorithm.
+
+
+def test_runs_of_another_revision_are_trained_again_and_not_mixed(
+    done, trained, capsys, monkeypatch
+):
+    before = Results(RESULTS).every()
+    monkeypatch.setattr(studies, "REVISION", 2)
+    assert grid("--report", "--methods", "parq") == 0
+    left_out = "Left out, because this is revision 2 of the algorithm"
+    printed = capsys.readouterr().out
+    assert [row["method"] for row in table_of(printed)] == ["float, where all start"]
+    assert f"{left_out} (1): {PARQ} (revision 1)." in printed
+    assert grid("--methods", "parq") == 0
+    assert trained == ["data", (PARQ, 1), (PARQ, 2)]  # the float start counts
+    assert (RUNS / "revision2" / PARQ).is_dir()
+    after = Results(RESULTS).every()
+    assert [record for record in after if record["revision"] != 2] == before
+    (new,) = (record for record in after if record["revision"] == 2)
+    assert new["name"] == PARQ
+    capsys.readouterr()
+    assert grid("--study") == 0
+    printed = capsys.readouterr().out
+    assert [row["runs"] for row in table_of(printed)] == ["binary-parq-2ep", "float"]
+    assert f"{left_out} (2): {CONNECT} (revision 1), {PARQ} (revision 1)." in printed
+    assert grid("--methods", "parq") == 0
+    assert trained == ["data", (PARQ, 1), (PARQ, 2)]
 
 
 # The page.

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.accuracy.records import write_record
+from benchmarks.accuracy.records import Results
 from benchmarks.accuracy.runs import METHODS, make_run
-from tests.helpers.tiny_grid import PAGE, RUNS, TINY_BASE, grid, json_of, table_of
+from tests.helpers.tiny_grid import PAGE, RESULTS, RUNS, TINY_BASE, grid, table_of
 
 VALIDATION = ("validation_deployed", "validation_current")
 REPORT = ["--report", "--seeds", "0", "1", "2", "--methods", *METHODS]
@@ -17,12 +17,13 @@ def empty(tmp_path, monkeypatch):
 
 
 def made(method, accuracies, diverged=(), **changes):
-    """JSONs of runs that were never trained, with these accuracies by seed."""
+    """Lines of runs that were never trained, with these accuracies by seed."""
     for seed, value in enumerate(accuracies):
         run = make_run(TINY_BASE, method or "parq", "binary", seed, 2, changes, str(RUNS))
         run = run if method else run.start
         record = {
             "name": run.name,
+            "revision": run.revision,
             "method": run.method,
             "settings": run.settings,
             "versions": {"jax": "1"},
@@ -34,7 +35,7 @@ def made(method, accuracies, diverged=(), **changes):
             "bits_per_weight": 1.0,
             "curve": {"loss": [1.0, 1.0], **{key: [0.1, value / 100] for key in VALIDATION}},
         }
-        write_record(json_of(run.name), record)
+        Results(RESULTS).add(record)
 
 
 def test_the_tables_arithmetic(capsys):
@@ -103,4 +104,4 @@ def test_without_a_gap_no_share_is_closed(capsys):
 def test_a_report_of_nothing_says_so(capsys):
     for option in ("--report", "--study"):
         assert grid(option) == 2
-        assert "There is no JSON" in capsys.readouterr().err
+        assert "There is no line" in capsys.readouterr().err

@@ -4,14 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy.runs import BASE, METHODS
 from examples.train import cli
-from tests.helpers.tiny_grid import CONNECT, OPTIONS, PARQ, TINY_BASE, grid
-
-
-def plan(*more, base=TINY_BASE):
-    return accuracy.plan(accuracy.parse([*OPTIONS, *more]), base)
+from tests.helpers.tiny_grid import CONNECT, PARQ, grid, plan
 
 
 def test_the_float_start_is_what_the_training_program_makes_of_its_options():

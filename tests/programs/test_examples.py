@@ -13,10 +13,10 @@ import pytest
 import brelax_jax as brx
 from examples import demo
 from examples.runs import events, plots, report
-from examples.runs.checkpoints import Checkpoints
 from examples.runs.log import Log, read
 from examples.runs.progress import Progress
 from examples.train import __main__ as train
+from examples.train.checkpoints import Checkpoints
 from examples.train.config import Config
 from examples.train.data import load as data
 from examples.train.loop import deployed, layer_metrics, run
@@ -277,7 +277,7 @@ def test_distinct_values_are_counted_in_each_scale_group():
 
 def test_logs_keep_infinity_and_leave_out_half_a_line(tmp_path):
     log = Log(tmp_path)
-    log.start(TINY)
+    log.start(TINY.to_json())
     log.write("epoch", epoch=1, lam=float("inf"), loss=np.float32(0.1234567))
     with log.path.open("a") as file:
         file.write('{"kind": "epo')

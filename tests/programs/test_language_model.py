@@ -1,7 +1,6 @@
 """The language model example: model, networks, what a run keeps, and what it refuses."""
 
 import dataclasses
-import json
 import math
 import shutil
 
@@ -14,11 +13,16 @@ import pytest
 
 import brelax_jax as brx
 from examples.language_model import __main__ as language_model
+from examples.language_model import networks as language_networks
 from examples.language_model import text
-from examples.language_model import training as language_training
-from examples.language_model.__main__ import Run, measured, row, spread
-from examples.language_model.training import Settings, Trainer
+from examples.language_model import trainer as language_trainer
+from examples.language_model.config import SETS, Settings
+from examples.language_model.report import row, spread
+from examples.language_model.seeds import Seed, measured
+from examples.language_model.trainer import Trainer
+from examples.runs import studies
 from examples.runs.progress import Progress
+from examples.runs.studies import Study
 from tests.helpers import oracles
 from tests.helpers.made_text import made_text
 
@@ -60,7 +64,7 @@ def relaxed(trainer, start):
 @pytest.fixture(scope="module")
 def program(made, compiled_programs):
     """The program with its data made, and without the network that takes long to compile."""
-    networks = language_training.networks
+    networks = language_trainer.networks
 
     def run(*arguments, without=("BinaryConnect",)):
         def fewer(settings):
@@ -68,7 +72,7 @@ def program(made, compiled_programs):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(language_model, "load", lambda: made)
-            patch.setattr(language_training, "networks", fewer)
+            patch.setattr(language_trainer, "networks", fewer)
             return language_model.main([*OPTIONS, "--quiet", *arguments])
 
     return run
@@ -79,6 +83,19 @@ def whole_run(program, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     assert program("--seeds", "0", "1", "--out", str(out)) == 0
     return out
+
+
+def lines(out, seed):
+    """The lines of a seed by their networks."""
+    found = Study(out / "ternary.jsonl").read()
+    return {line["network"]: line for line in found if line["seed"] == seed}
+
+
+def drop(out, name):
+    """Takes the line of a network out of the study."""
+    path = out / "ternary.jsonl"
+    kept = [text for text in path.read_text().splitlines(True) if f'"name": "{name}"' not in text]
+    path.write_text("".join(kept))
 
 
 def leaves(params):
@@ -158,7 +175,7 @@ def test_kernels_end_exactly_ternary_in_each_output_channel(trainer, relaxed):
 
 def test_the_abrupt_network_is_the_projection_of_the_float_one(trainer, whole_run):
     def params(name):
-        content = (whole_run / f"seed1-{name}.msgpack").read_bytes()
+        content = (whole_run / f"ternary-{name}-seed1.msgpack").read_bytes()
         return leaves(flax.serialization.from_bytes(trainer.init(0), content))
 
     start, abrupt = params("float"), params("abrupt-ternary")
@@ -182,12 +199,10 @@ def test_rules_for_attention_kernels_of_rank_three():
     shapes = jax.eval_shape(
         nn.MultiHeadDotProductAttention(2, use_bias=False).init, jax.random.key(0), jnp.ones((5, 8))
     )["params"]
-    scales = {
-        name: rules.the_set_of(f"{name}/kernel", leaf["kernel"])
-        .granularity.groups(leaf["kernel"].shape)
-        .scale
-        for name, leaf in shapes.items()
-    }
+    scales = {}
+    for path, qset in rules.assign(shapes).items():
+        layer, _ = path.split("/")
+        scales[layer] = qset.granularity.groups(shapes[layer]["kernel"].shape).scale
     inputs_last = dict.fromkeys(("query", "key", "value"), (1, 2, 4))
     assert scales == {**inputs_last, "out": (1, 1, 8)}
 
@@ -215,10 +230,12 @@ def test_samples_follow_the_probabilities(trainer, start):
 
 
 def test_a_run_keeps_what_the_table_shows(whole_run, program, tmp_path, capsys):
-    results = [json.loads((whole_run / f"seed{seed}.json").read_text()) for seed in (0, 1)]
-    assert results[0]["settings"] == vars(TINY)
-    assert results[0]["versions"]["jax"] == jax.__version__
-    networks = results[0]["networks"]
+    results = [lines(whole_run, seed) for seed in (0, 1)]
+    for line in results[0].values():
+        assert line["settings"] == vars(TINY)
+        assert line["versions"]["jax"] == jax.__version__
+        assert line["revision"] == (1 if line["result"]["values"] else None)
+    networks = {name: line["result"] for name, line in results[0].items()}
     steps = {name: result["steps"] for name, result in networks.items()}
     assert steps == {
         **{"float": 20, "abrupt ternary": 20, "float, further": 40, "BinaryRelax": 40},
@@ -232,19 +249,18 @@ def test_a_run_keeps_what_the_table_shows(whole_run, program, tmp_path, capsys):
         expected = bits if name in ternary else 32
         assert result["bits_per_weight"] == pytest.approx(expected)
         assert result["bytes"] == pytest.approx((expected * weights + 32 * others) / 8)
-    for seed in (0, 1):  # the table and the samples need no params
-        shutil.copy(whole_run / f"seed{seed}.json", tmp_path)
+    shutil.copy(whole_run / "ternary.jsonl", tmp_path)  # the table and the samples need no params
     assert program("--seeds", "0", "1", "--out", str(tmp_path), "--resume") == 0
     shown = capsys.readouterr().out
     for name, result in networks.items():
-        both = [each["networks"][name]["validation"] for each in results]
+        both = [each[name]["result"]["validation"] for each in results]
         assert both[0] != both[1]
         assert f"{both[0]:.3f}, {both[1]:.3f}" in shown
         assert f"--- {name}\n{result['sample']}\n" in shown
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_end(whole_run, program, tmp_path, monkeypatch):
-    keep, kept = Run.save, []
+    keep, kept = Seed.save, []
 
     def keep_two(self, *network):
         if len(kept) == 2:
@@ -252,32 +268,46 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(whole_run, program, tmp_p
         kept.append(network[0])
         keep(self, *network)
 
-    monkeypatch.setattr(Run, "save", keep_two)
+    monkeypatch.setattr(Seed, "save", keep_two)
     with pytest.raises(KeyboardInterrupt):
         program("--seeds", "1", "--out", str(tmp_path))
     monkeypatch.undo()
     assert kept == ["float", "abrupt ternary"]
     assert program("--seeds", "1", "--out", str(tmp_path)) == 2
     assert program("--seeds", "1", "--out", str(tmp_path), "--resume") == 0
-    for path in tmp_path.iterdir():
+    assert lines(tmp_path, 1) == lines(whole_run, 1)
+    params = [*tmp_path.glob("*-seed1.msgpack")]
+    for path in params:
         assert path.read_bytes() == (whole_run / path.name).read_bytes(), path.name
+    assert len(params) == 4
     assert len([*tmp_path.iterdir()]) == 5
+
+
+def test_networks_of_another_revision_are_trained_again(whole_run, program, tmp_path, monkeypatch):
+    """Those that are float are not."""
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    kept = []
+    monkeypatch.setattr(studies, "REVISION", 2)
+    monkeypatch.setattr(Seed, "save", lambda self, name, *rest: kept.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        program("--out", str(tmp_path), "--resume")
+    assert kept == ["abrupt ternary"]
 
 
 @pytest.mark.soak
 def test_binary_connect_beside_the_others(whole_run, program, tmp_path):
     assert program("--out", str(tmp_path), without=()) == 0
-    results = json.loads((tmp_path / "seed0.json").read_text())["networks"]
-    connect = results.pop("BinaryConnect")
-    assert results == json.loads((whole_run / "seed0.json").read_text())["networks"]
+    results = lines(tmp_path, 0)
+    connect = results.pop("BinaryConnect")["result"]
+    assert results == lines(whole_run, 0)
     assert (connect["steps"], connect["values"]) == (40, 3)
-    assert connect["validation"] != results["BinaryRelax"]["validation"]
+    assert connect["validation"] != results["BinaryRelax"]["result"]["validation"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "seed0.json is there: go on with --resume, or give another --out"),
+        ([], "ternary.jsonl has seed 0: go on with --resume, or give another --out"),
         (["--resume", "--lr=0.5"], "of another configuration:\n  lr: 0.004 there, 0.5 here"),
     ],
 )
@@ -286,24 +316,27 @@ def test_runs_that_are_in_the_way_are_refused(arguments, message, whole_run, pro
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["seed0.json", "seed0-float.msgpack"])
+@pytest.mark.parametrize("name", ["ternary.jsonl", "ternary-float-seed0.msgpack"])
 def test_what_is_damaged_is_named(name, whole_run, program, tmp_path, capsys):
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
-    content = json.loads((tmp_path / "seed0.json").read_text())
-    content["networks"].pop("BinaryRelax")
-    (tmp_path / "seed0.json").write_text(json.dumps(content))
+    drop(tmp_path, "BinaryRelax-seed0")
     damaged = tmp_path / name
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert program("--out", str(tmp_path), "--resume") == 2
     message = capsys.readouterr().err
-    assert f"{damaged} cannot be read" in message
-    assert "start this seed again" in message
+    if damaged.suffix == ".jsonl":
+        assert f"{damaged}, line 7 (float-seed1), cannot be read" in message
+        assert "remove the line to repeat the run" in message
+    else:
+        assert f"{damaged} cannot be read" in message
+        assert f"remove the lines of seed 0 from {tmp_path / 'ternary.jsonl'}" in message
+        assert "start this seed again" in message
 
 
 def test_a_network_that_diverged_is_shown_as_that(trainer, start, whole_run):
     broken = measured(trainer, "float", jax.tree.map(lambda p: p * jnp.nan, start), seed=0)
     assert (broken["validation"], broken["test"]) == (None, None)
-    fine = json.loads((whole_run / "seed0.json").read_text())["networks"]["float"]
+    fine = lines(whole_run, 0)["float"]["result"]
     line = row("float", [{"float": fine}, {"float": broken}])
     assert line["validation"] == "diverged"
     assert line["by seed"] == f"{fine['validation']:.3f}, diverged"
@@ -352,11 +385,12 @@ def test_help_names_every_setting(capsys):
         assert option.split("=")[0] in shown
 
 
-@pytest.mark.parametrize(("name", "kind"), language_training.SETS.items())
+@pytest.mark.parametrize(("name", "kind"), SETS.items())
 def test_kernels_get_the_set_and_the_head_and_embeddings_stay_float(name, kind):
-    rules = language_training.ternary(dataclasses.replace(TINY, set=name))
-    assert rules.set_of("head/kernel", jnp.ones((8, 12))) is None
-    assert rules.set_of("characters/embedding", jnp.ones((12, 8))) is None
-    assert rules.set_of("block_0/up/kernel", jnp.ones((8, 32))) == kind(
-        granularity=brx.PerChannel()
-    )
+    rules = language_networks.ternary(dataclasses.replace(TINY, set=name))
+    params = {
+        "head": {"kernel": jnp.ones((8, 12))},
+        "characters": {"embedding": jnp.ones((12, 8))},
+        "block_0": {"up": {"kernel": jnp.ones((8, 32))}},
+    }
+    assert rules.assign(params) == {"block_0/up/kernel": kind(granularity=brx.PerChannel())}

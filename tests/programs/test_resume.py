@@ -20,10 +20,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from examples.runs import events
-from examples.runs.checkpoints import Checkpoints, sha256
 from examples.runs.log import Log, read
 from examples.train import __main__ as train
 from examples.train import cli
+from examples.train.checkpoints import Checkpoints, sha256
 from examples.train.config import Config
 from examples.train.data import load as data
 from examples.train.steps import Trainer, TrainState

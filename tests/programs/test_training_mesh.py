@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.runs.checkpoints import Checkpoints
 from examples.runs.log import Log, read
 from examples.train import __main__ as train
 from examples.train import cli
+from examples.train.checkpoints import Checkpoints
 from examples.train.data import load as data
 from examples.train.steps import Trainer
 from tests.helpers.killed import TINY

@@ -4,10 +4,7 @@ memory if it is small.
 
 import dataclasses
 import difflib
-import logging
 import math
-import os
-import textwrap
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
+from examples.runs import datasets
 from examples.train.data.splits import AnySplit, Split, Stream, centre_box, resized
 
 SPLIT_SEED = 0  # the same splits for every run, whatever its seed
@@ -34,18 +32,7 @@ ALSO = (
     "food101",
 )
 
-PREPARE = """\
-{name} is not prepared in {place} (TFDS_DATA_DIR sets another place).
-To download and prepare it, once, in a clone of brelax_jax:
-    pip install ".[prepare]"
-    python -c "import tensorflow_datasets as tfds; \
-tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-The extra brings TensorFlow, which TFDS needs for this step only."""
-OFFLINE = "Without a network, try --dataset digits."
-
-BY_HAND = """
-Part of it has to be downloaded by hand before that; manual_dir is {manual}:
-{instructions}"""
+OFFLINE = "\nWithout a network, try --dataset digits."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +146,7 @@ def _tfds(
 
 def _builder(name: str) -> Any:
     """TFDS's builder of a dataset that is prepared."""
-    logging.getLogger("absl").setLevel(
-        logging.ERROR
-    )  # it would recommend OpenCV, and warn of what is asked here
-    import tensorflow_datasets as tfds
-
-    known = tfds.list_builders(with_community_datasets=False)
+    known = datasets.tfds().list_builders(with_community_datasets=False)
     if name.split("/")[0].split(":")[0] not in known:
         close = difflib.get_close_matches(name, known)
         raise ValueError(
@@ -172,31 +154,14 @@ def _builder(name: str) -> Any:
             f"dataset of TFDS, such as {', '.join(ALSO)}."
             + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
-    builder: Any = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
+    builder = datasets.builder_of(name)
     features = builder.info.features
     if not {"image", "label"} <= set(features or ()):
         raise ValueError(
             f"{name!r} is not an image classification dataset: its features are {list(features)}."
         )
-    if not builder.is_prepared():
-        raise FileNotFoundError(_how_to_prepare(name, builder, builder.data_path))
-    if builder.info.file_format.value not in ("array_record", "parquet"):  # no random access
-        remedy = _how_to_prepare(name, builder, "the format array_record")
-        raise FileNotFoundError(
-            f"{builder.data_path} is of the format {builder.info.file_format.value}, which needs "
-            f"TensorFlow to be read. Remove it, or set TFDS_DATA_DIR to another place.\n{remedy}"
-        )
+    datasets.check_prepared(name, builder, OFFLINE)
     return builder
-
-
-def _how_to_prepare(name: str, builder: Any, place: str) -> str:
-    instructions, by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS, ""
-    if instructions:
-        manual = os.path.join(builder.data_dir_root, "downloads", "manual")
-        by_hand = BY_HAND.format(
-            manual=manual, instructions=textwrap.indent(textwrap.dedent(instructions), "    ")
-        ).rstrip()
-    return PREPARE.format(name=name, place=place) + f"{by_hand}\n{OFFLINE}"
 
 
 def _has_labels(builder: Any, split: str) -> bool:

@@ -1,0 +1,77 @@
+"""The grid at work: runs that are trained each once, by one process or several."""
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.records import Results, collect, finished
+from benchmarks.accuracy.runs import Run
+from examples.runs.progress import Progress
+from examples.train.data.load import Data
+from examples.train.loop import run as train
+
+Load = Callable[[], Data]
+
+
+class Grid:
+    """Trains runs, each once, whoever else is at work in the same directories.
+
+    Args:
+      results: where the runs' lines go.
+      data: loads the data.
+      progress: where lines go.
+    """
+
+    def __init__(self, results: Results, data: Load, progress: Progress) -> None:
+        self.results, self.data, self.progress = results, data, progress
+
+    def work(self, runs: Sequence[Run]) -> list[Run]:
+        """Trains what is not done; returns the runs that other processes are still at work on."""
+        left, before = list(runs), len(runs) + 1
+        while left and len(left) < before:  # what was taken may have been left half done
+            before = len(left)
+            left = [run for run in left if not self.settle(run)]
+        return left
+
+    def settle(self, run: Run, weights: bool = False) -> bool:
+        """Whether there is the line of a run, and its weights if they are needed, after training it
+        if need be; not if another process is at work on it or on its float start.
+        """
+        if self._done(run, weights):
+            return True
+        if run.start is not None and not self.settle(run.start, weights=not finished(run)):
+            return False
+        with claimed(run) as ours:
+            if not ours:
+                self.progress.line(f"{run.name}: another process is at work on it")
+            elif not self._done(run, weights):
+                self._train(run)
+        return ours
+
+    def _done(self, run: Run, weights: bool) -> bool:
+        return self.results.find(run) is not None and (finished(run) or not weights)
+
+    def _train(self, run: Run) -> None:
+        if not finished(run):
+            self.progress.line(run.name)
+            train(run.config, self.data(), self.progress, resume=True)
+        record = collect(run)
+        if self.results.find(run) is None:
+            self.results.add(record)
+        end = "diverged" if record["diverged"] else f"test {record['test_deployed']:.2%}"
+        self.progress.line(f"{run.name}: {end}, written: {self.results.study(record).path}")
+
+
+@contextlib.contextmanager
+def claimed(run: Run) -> Generator[bool, None, None]:
+    """Whether the run is this process's alone, until the end of the block or of the process."""
+    directory = Path(run.config.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
