@@ -190,7 +190,7 @@ def continuation(steps: int, shape: str = "linear", hard_share: float = 0.25) ->
       hard_share: the share of the run that is phase II, from 0 to 1; 0.25 is the authors'.
 
     Returns:
-      `lam` and `hard_from`, in the order in which the transformations take them.
+      `lam` and `hard_from`. The transformations take both at once, in the place of `lam`.
 
     Raises:
       ValueError: if an argument is out of its range.
@@ -199,7 +199,7 @@ def continuation(steps: int, shape: str = "linear", hard_share: float = 0.25) ->
     >>> plan = brx.continuation(steps=2_000)
     >>> float(plan.lam(0)), float(plan.lam(750)), plan.hard_from
     (0.0, 1.0, 1500)
-    >>> optimizer = brx.binary_relax(optax.sgd(0.1), brx.Binary(), *plan)
+    >>> optimizer = brx.binary_relax(optax.sgd(0.1), brx.Binary(), plan)
 
     References:
       "geometric" and `hard_share` are the authors': VGG-11 on CIFAR-10, 200 epochs, phase II from

@@ -43,7 +43,7 @@ def networks(settings: Settings) -> dict[str, Network]:
     base, rules = adamw(further), ternary(settings)
     connect = brx.binary_connect(base, rules)
     plan = brx.continuation(further, settings.shape, settings.hard_share)
-    relax = brx.binary_relax(base, rules, *plan)
+    relax = brx.binary_relax(base, rules, plan)
     return {
         START: Network(0, steps, adamw(steps), False),
         "abrupt ternary": Network(steps, 0, connect, True),
