@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"it is not the JSON of a run ({error!r}).") from None
     if sha256_of_json(record) != total or record["name"] != path.stem:
         raise ValueError("it has been altered since it was written: remove it to repeat the run.")
-    revision = None if settings["method"] == "float" else record.pop("revision", 1)
+    revision = None if settings["method"] == "float" else 1
     return {"name": record["name"], "revision": revision, **record}
 
 

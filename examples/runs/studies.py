@@ -1,7 +1,6 @@
 """The results of a study: a file of JSON lines, one a run, each with its SHA-256."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -123,6 +122,8 @@ def locked(directory: Path) -> Generator[None, None, None]:
     """Keeps other processes from changing a directory's files, until the end of the block or of
     the process.
     """
+    import fcntl  # which Windows lacks; training has no need of it
+
     directory.mkdir(parents=True, exist_ok=True)
     place = os.open(directory, os.O_RDONLY)
     try:
