@@ -7,8 +7,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @pytest.fixture(scope="session")
 def compiled_programs(tmp_path_factory):
-    """For runs that are many, alike and small, in this process and in those that it starts: programs
-    are compiled once, and quickly rather than to be fast.
+    """For many small runs that are alike, in this process and in those that it starts.
+
+    A program is compiled once, and with few optimizations: here they take longer than they save.
     """
     directory = str(tmp_path_factory.mktemp("compiled"))
     settings = {
