@@ -173,11 +173,12 @@ def test_without_metrics_nothing_is_tracked_or_drawn(digits, float_run, relaxed_
 
 def test_evaluation_counts_each_image_once(trainer, digits):
     state = trainer.init()
-    few = digits.test[np.arange(7)]
+    few = digits.test[np.arange(50)]
     accuracy = trainer.evaluate(state.params, state.batch_stats, few)
-    assert round(accuracy * 7, 5) == round(accuracy * 7)
+    assert round(accuracy * 50, 5) == round(accuracy * 50)
+    assert 0 < accuracy < 1, "there is nothing to test"
     many = data.Split(
-        np.concatenate([few.images] * 100), np.concatenate([few.labels] * 100)
+        np.concatenate([few.images] * 14), np.concatenate([few.labels] * 14)
     )  # 700: two parts
     assert trainer.evaluate(state.params, state.batch_stats, many) == pytest.approx(accuracy)
 
