@@ -7,16 +7,18 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @pytest.fixture(scope="session")
 def compiled_programs(tmp_path_factory):
-    """A directory that keeps compiled programs, for runs that are many and alike, in this process
-    and in those that it starts.
+    """For many small runs that are alike, in this process and in those that it starts.
+
+    A program is compiled once, and with few optimizations: here they take longer than they save.
     """
     directory = str(tmp_path_factory.mktemp("compiled"))
     settings = {
         "jax_compilation_cache_dir": directory,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
+        "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
 
     def use(values):
         for name, value in values.items():

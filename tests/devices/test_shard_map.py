@@ -1,6 +1,6 @@
 """Inside `jax.shard_map` an array is one device's part of a weight: `axis_name` says so.
 
-On eight devices that the machine pretends to have, in a process of their own.
+On eight devices that the machine pretends to have. `test_on_eight_devices` runs these tests.
 """
 
 import functools
@@ -42,13 +42,7 @@ CASES = {  # a set, how the weight is sharded, and how its scale is
     ),
 }
 
-if jax.device_count() < meshes.DEVICES:
-
-    @meshes.every_extent
-    def test_on_eight_devices(extent):
-        meshes.run_on_eight_devices(__file__, extent)
-
-else:
+if jax.device_count() >= meshes.DEVICES:
 
     @pytest.fixture(scope="module")
     def mesh():
@@ -80,8 +74,12 @@ else:
     def whole(name):
         """Codes and scale, fit and measures of the whole weight, on one device."""
         qset, w = CASES[name][0], jnp.asarray(weights())
-        compute = jax.jit(lambda w: (quantized(qset, w), qset.fit(w)))
-        return jax.device_get(compute(w))
+
+        def compute(w):
+            fit = qset.fit(w)
+            return (qset.codes(w, fit), fit.scale), fit
+
+        return jax.device_get(jax.jit(compute)(w))
 
     def check_codes(name, codes, scale):
         (wanted, wanted_scale), fit = whole(name)
@@ -141,8 +139,7 @@ else:
     def test_training_is_that_of_one_device(mesh):
         """Parts of the batch and of the kernels on each device; the recipe of docs/sharding.md."""
         optimizer = meshes.relaxation()
-        params = meshes.put(meshes.network(), meshes.SPECS, mesh)
-        state = optimizer.init(params)
+        params, state = meshes.start_on(mesh)
         specs = jax.tree.map(lambda x: x.sharding.spec, (params, state))
 
         def loss(params, inputs, targets):
@@ -165,7 +162,8 @@ else:
         for t in range(meshes.STEPS):
             params, state = step(params, state, *meshes.batch(t))
         meshes.assert_same(state, alone[-1][1], rtol=1e-4)
-        jax.tree.map(np.testing.assert_array_equal, params, brx.quantized_params(state, params))
+        quantized = jax.jit(brx.quantized_params)(state, params)
+        jax.tree.map(np.testing.assert_array_equal, params, quantized)
 
     @pytest.mark.parametrize(
         ("optimizer", "checked"), in_turns(["binary_connect", "relax_params"], [True, False])

@@ -1,5 +1,5 @@
 """Sharded weights are projected where they lie: on eight devices that the machine pretends to
-have, in a process of their own.
+have. `test_on_eight_devices` runs these tests.
 """
 
 import functools
@@ -36,13 +36,7 @@ SPECS = [
     P(None, None, None, ("data", "model")),
 ]
 
-if jax.device_count() < meshes.DEVICES:
-
-    @meshes.every_extent
-    def test_on_eight_devices(extent):
-        meshes.run_on_eight_devices(__file__, extent)
-
-else:
+if jax.device_count() >= meshes.DEVICES:
 
     @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
     def mesh(request):
@@ -56,7 +50,17 @@ else:
     @functools.cache
     def on_one_device(name):
         qset, w = SETS[name], jnp.asarray(weights())
-        return jax.device_get(jax.jit(lambda w: (qset.quantize(w), qset.fit(w)))(w))
+
+        def compute(w):
+            fit = qset.fit(w)
+            return (qset.codes(w, fit), fit.scale), fit
+
+        return jax.device_get(jax.jit(compute)(w))
+
+    @functools.cache
+    def metrics_on_one_device():
+        params, state = meshes.on_one_device()[-1]
+        return jax.jit(brx.metrics)(state, params)
 
     @pytest.mark.soak
     @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -77,17 +81,16 @@ else:
         w = jax.device_put(weights(), NamedSharding(mesh, spec))
         compiled = jax.jit(SETS[name].quantize).lower(w).compile()
         assert not meshes.MOVES.findall(compiled.as_text())
-        quantized, (expected, fit) = compiled(w), on_one_device(name)
+        quantized, ((codes, scale), fit) = compiled(w), on_one_device(name)
         assert quantized.codes.sharding.is_equivalent_to(w.sharding, 4)
         rtol = 1e-5 if name == "uniform8-channel" else 1e-6  # its search may end a little beside
-        np.testing.assert_allclose(quantized.scale, expected.scale, rtol=rtol)
-        meshes.assert_same_codes(SETS[name], quantized.codes, expected.codes, weights(), fit, rtol)
+        np.testing.assert_allclose(quantized.scale, scale, rtol=rtol)
+        meshes.assert_same_codes(SETS[name], quantized.codes, codes, weights(), fit, rtol)
 
     def test_training_is_that_of_one_device(mesh):
         """A step from each of one device's states, and all steps in a row."""
         optimizer, contract = meshes.relaxation(), jnp.matmul
-        params = meshes.put(meshes.network(), meshes.SPECS, mesh)
-        state = optimizer.init(params)
+        params, state = meshes.start_on(mesh)
         assert_inherited(state, params)
         if mesh.axis_types[0] == AxisType.Explicit:
             contract = functools.partial(jnp.matmul, out_sharding=P("data", None))
@@ -111,16 +114,16 @@ else:
         *_, (params, state) = meshes.trained(gradient, update, *start)
         assert_inherited(state, params)
         meshes.assert_same(state, alone[-1][1], rtol=1e-4)
-        jax.tree.map(np.testing.assert_array_equal, params, brx.quantized_params(state, params))
+        quantized = jax.jit(brx.quantized_params)(state, params)
+        jax.tree.map(np.testing.assert_array_equal, params, quantized)
 
     def test_metrics_are_those_of_one_device_and_move_no_weights(mesh):
-        params = meshes.put(meshes.network(), meshes.SPECS, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, (params, meshes.relaxation().init(params)))
-        expected = meshes.on_one_device()[-1]
-        params, state = jax.device_put(expected, shardings)
+        start = meshes.start_on(mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, start)
+        params, state = jax.device_put(meshes.on_one_device()[-1], shardings)
         metrics = jax.jit(brx.metrics).lower(state, params).compile()
         assert not meshes.MOVES.findall(metrics.as_text())
-        found, wanted = metrics(state, params), jax.jit(brx.metrics)(expected[1], expected[0])
+        found, wanted = metrics(state, params), metrics_on_one_device()
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, wanted)
         assert any(leaf.flips > 0 for leaf in found.values())
         for name in meshes.SETS:

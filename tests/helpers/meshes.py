@@ -2,16 +2,12 @@
 
 import functools
 import itertools
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,22 +17,6 @@ from brelax_jax.transforms._state import find_states
 
 DEVICES = 8
 MOVES = re.compile(r"= (?!.*fusion\().*(all-gather|all-to-all|collective-permute|reduce-scatter)\(")
-
-
-every_extent = pytest.mark.parametrize(
-    "extent", ["not soak", pytest.param("soak", marks=pytest.mark.soak)], ids=["", "soak"]
-)
-
-
-def run_on_eight_devices(file, extent):
-    """Runs a file's tests where there are eight devices: JAX fixes their number when it starts."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", extent, file]
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        command, env=environment, check=False, capture_output=True, text=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
 def make_mesh(kind):
@@ -106,6 +86,14 @@ def loss(params, inputs, targets, contract=jnp.matmul):
     x = jnp.tanh(x @ params["own"]["kernel"] + params["own"]["bias"])
     x = contract(x, params["head"]["kernel"]) + params["head"]["bias"]
     return jnp.mean(jnp.square(x - targets))
+
+
+@functools.cache
+def start_on(mesh):
+    """The params, and the state by an `init` outside of `jit`: both lie as the specs say."""
+    with jax.set_mesh(mesh):
+        params = put(network(), SPECS, mesh)
+        return params, relaxation().init(params)
 
 
 def updated(optimizer, grads, state, params):

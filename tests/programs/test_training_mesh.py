@@ -4,6 +4,7 @@ JAX fixes their number when it starts, so a process trains on eight, another goe
 with two, and this one with one.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -59,15 +60,16 @@ def on_eight(tmp_path_factory) -> Path:
     return out
 
 
-def trainer_on(mesh: str, out: object = "unused") -> Trainer:
-    config, _ = cli.parse(["--out", str(out), *SETTINGS, "--mesh", mesh])
+@functools.cache
+def trainer_on(mesh: str) -> Trainer:
+    config, _ = cli.parse([*SETTINGS, "--mesh", mesh])
     return Trainer(config, data.load("digits", None, config.validation, config.train_examples))
 
 
-def restored(trainer: Trainer):
-    """The last checkpoint's state, on the trainer's mesh."""
+def restored(trainer: Trainer, out: Path):
+    """The state in a run's last checkpoint, on the trainer's mesh."""
     like = trainer.abstract_state()
-    _, state = Checkpoints(trainer.config.directory).restore(like, trainer.config)
+    _, state = Checkpoints(out).restore(like, trainer.config)
     for leaf, asked in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         assert leaf.sharding.is_equivalent_to(asked.sharding, leaf.ndim)
     return state
@@ -81,15 +83,14 @@ if jax.device_count() < 8:
 
     @pytest.mark.parametrize("mesh", MESHES)
     def test_a_run_on_eight_devices_goes_on_with_fewer(mesh, on_eight, tmp_path):
-        expected = np.load(on_eight / "arrays.npz")
-        for name, found in arrays(restored(trainer_on(mesh, on_eight))).items():
+        expected, trainer = np.load(on_eight / "arrays.npz"), trainer_on(mesh)
+        for name, found in arrays(restored(trainer, on_eight)).items():
             assert found.dtype == expected[name].dtype
             assert found.tobytes() == expected[name].tobytes()
         out = tmp_path / "run"
         shutil.copytree(on_eight, out)
         shutil.rmtree(out / "checkpoints" / "2")
-        trainer = trainer_on(mesh, out)
-        state = restored(trainer)
+        state = restored(trainer, out)
         for batch in trainer.batches(2):
             state, _ = trainer.step(state, batch.images, batch.labels)
         for name, found in arrays(state).items():
@@ -132,7 +133,7 @@ elif jax.device_count() == 8:
 
     def test_a_run_on_eight_devices(on_eight):
         assert train.main(["--out", str(on_eight), *SETTINGS, "--mesh", "4x2"]) == 0
-        np.savez(on_eight / "arrays.npz", **arrays(restored(trainer_on("4x2", on_eight))))
+        np.savez(on_eight / "arrays.npz", **arrays(restored(trainer_on("4x2"), on_eight)))
 
     def test_kernels_lie_over_columns_and_batches_over_rows():
         trainer = trainer_on("4x2")

@@ -1,0 +1,34 @@
+"""Runs the tests that need eight devices where there are so many.
+
+In a process of their own, because JAX fixes the number of devices when it starts; and in a single
+one, because they train one network.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import meshes
+
+FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("sharding", "shard_map")]
+
+
+@pytest.mark.parametrize(
+    "extent", ["not soak", pytest.param("soak", marks=pytest.mark.soak)], ids=["", "soak"]
+)
+def test_on_eight_devices(extent):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
+    environment = {"XLA_FLAGS": f"{flags}{meshes.DEVICES}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", extent, *FILES]
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
