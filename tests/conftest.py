@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
     """A directory that keeps compiled programs, for runs that are many and alike, in this process
     and in those that it starts.
