@@ -1,7 +1,7 @@
 """Weights and training loops that several test files share.
 
-`init` runs outside jit, as users call it: there arrays of one shape share what is compiled for them,
-whatever the optimizer.
+`init` runs outside jit, as users call it: there arrays of one shape share what is compiled for
+them, whatever the optimizer.
 """
 
 import functools
@@ -36,7 +36,8 @@ def compiled(*optimizers):
 def traces_of(optimizers, params, grads, state=None, **kwargs):
     """For each of some named optimizers the params and states after each of some updates."""
     step, trace = compiled(*optimizers.values()), []
-    carries = [(params, optimizer.init(params) if state is None else state) for optimizer in optimizers.values()]
+    states = [o.init(params) if state is None else state for o in optimizers.values()]
+    carries = [(params, state) for state in states]
     for grad in grads:
         carries = step(grad, carries, **kwargs)
         trace.append(carries)
