@@ -7,8 +7,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """A directory that keeps compiled programs, so that each is compiled once in this process and in
-    those that get these variables.
+    """A directory that keeps compiled programs, so that each is compiled once, in this process and
+    in those that get these variables.
     """
     directory = str(tmp_path_factory.mktemp("compiled"))
     settings = {
