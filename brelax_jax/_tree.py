@@ -71,10 +71,13 @@ def fold_leaves(function: Callable[[str, Any], T], leaves: Mapping[str, Any]) ->
 
 
 def compute_after(before: Array, function: Callable[..., T], *operands: Any) -> T:
-    """function(*operands), on CPU not before the scalar `before` is known.
+    """function(*operands); in a program for the CPU not before the scalar `before` is known.
 
-    XLA cannot know that `before` is never −1, so it keeps the dependency.
+    XLA cannot know that `before` is never −1, so it keeps the dependency. Outside of a program one
+    call follows the other anyhow.
     """
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((before, operands))):
+        return function(*operands)
 
     def after(before: Array, *operands: Any) -> T:
         def never(*operands: Any) -> T:

@@ -1,30 +1,47 @@
-"""What the tests of the examples share."""
+"""What all tests share."""
+
+import contextlib
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 
-@pytest.fixture(scope="session")
-def compiled_programs(tmp_path_factory):
-    """For many small runs that are alike, in this process and in those that it starts.
-
-    A program is compiled once, and with few optimizations: here they take longer than they save.
-    """
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "jax_compilation_cache_dir": directory,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
+@contextlib.contextmanager
+def configured(**values):
+    """Other values of JAX's configuration."""
+    before = {name: jax.config.values[name] for name in values}
 
     def use(values):
         for name, value in values.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
 
-    use(settings)
-    yield {name.upper(): str(value) for name, value in settings.items()}
+    use(values)
+    yield
     use(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """A directory that keeps compiled programs, so that each is compiled once, in this process and
+    in those that get these variables.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    with configured(**settings):
+        yield {name.upper(): str(value) for name, value in settings.items()}
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled(compiled_programs):
+    """As `compiled_programs`, but programs are compiled with few optimizations: for tests of what a
+    program does, whose runs are so short that optimizing takes longer than it saves. The numerics
+    are tested elsewhere.
+    """
+    with configured(jax_disable_most_optimizations=True):
+        yield compiled_programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
+    jax.clear_caches()  # they do not tell the two kinds apart

@@ -1,6 +1,6 @@
 """What every transformation does with every set: a new one is tested by adding it to a list here.
 
-Compilation dominates, so one program of a transformation serves a leaf for each set.
+Compilation dominates, so one program serves every transformation and a leaf for each set.
 """
 
 import collections
@@ -55,55 +55,70 @@ def noise(seed, *shape):
     return {name: jnp.asarray(rng.standard_normal(shape), "float32") for name in SETS}
 
 
-@functools.cache
-def compiled(name):
-    """A transformation, its compiled init and a compiled step, which takes its state's memory."""
-    optimizer = TRANSFORMATIONS[name](RULES)
-
-    def step(grads, state, params):
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return params, state, brx.quantized_params(state, params)
-
-    return optimizer, jax.jit(optimizer.init), jax.jit(step, donate_argnums=(1, 2))
+OPTIMIZERS = {name: make(RULES) for name, make in TRANSFORMATIONS.items()}
 
 
-def stepped(name, params, grads):
+@jax.jit
+def init(params):
+    return {name: optimizer.init(params[name]) for name, optimizer in OPTIMIZERS.items()}
+
+
+def step(grads, state, params):
+    """One of every transformation: params, states and quantized params after it."""
+    for name, optimizer in OPTIMIZERS.items():
+        updates, state[name] = optimizer.update(grads, state[name], params[name])
+        params[name] = optax.apply_updates(params[name], updates)
+    quantized = {name: brx.quantized_params(state[name], params[name]) for name in OPTIMIZERS}
+    return params, state, quantized
+
+
+donating_step = jax.jit(step, donate_argnums=(1, 2))
+
+
+def for_each(params):
+    """The params of each transformation."""
+    return {name: jax.tree.map(jnp.copy, params) for name in OPTIMIZERS}
+
+
+def stepped(params, grads):
     """The params and quantized params after each update; `grads` has the steps first."""
-    _, init, step = compiled(name)
-    params = jax.tree.map(jnp.copy, params)
-    state, trace = init(params), []
+    params, trace = for_each(params), []
+    state = init(params)
     for t in range(STEPS):
-        params, state, quantized = step(jax.tree.map(lambda g, t=t: g[t], grads), state, params)
+        params, state, quantized = donating_step({q: g[t] for q, g in grads.items()}, state, params)
         trace.append(jax.tree.map(np.array, (params, quantized)))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trace)
+    params, quantized = jax.tree.map(lambda *leaves: np.stack(leaves), *trace)
+    return {name: (params[name], quantized[name]) for name in OPTIMIZERS}
 
 
 @functools.cache
-def normal_run(name):
-    return stepped(name, noise(0, *SHAPE), noise(1, STEPS, *SHAPE))
+def run(kind):
+    """`stepped` from weights of one kind."""
+    start, grads = noise(0, *SHAPE), noise(1, STEPS, *SHAPE)
+    if kind == "zero":
+        return stepped(*jax.tree.map(jnp.zeros_like, (start, grads)))
+    if kind != "normal":
+        start = {name: w.at[3, 1].set(float(kind)) for name, w in start.items()}
+    return stepped(start, grads)
 
 
 @functools.cache
-def vmapped_scan(name):
-    optimizer, init, _ = compiled(name)
-
+def vmapped_scan():
     def train(params, state, grads):
         def body(carry, grads):
-            params, state = carry
-            updates, state = optimizer.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), (params, brx.quantized_params(state, params))
+            params, state, quantized = step(grads, *carry)
+            return (state, params), (params, quantized)
 
-        return jax.lax.scan(body, (params, state), grads)[1]
+        return jax.lax.scan(body, (state, params), grads)[1]
 
-    params = [noise(0, *SHAPE), noise(2, *SHAPE)]
-    grads = [noise(1, STEPS, *SHAPE), noise(3, STEPS, *SHAPE)]
+    params = [for_each(noise(seed, *SHAPE)) for seed in (0, 2)]
+    grads = [noise(seed, STEPS, *SHAPE) for seed in (1, 3)]
     states = [init(p) for p in params]
     seeds = (
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, states, grads)
     )
-    return jax.tree.map(np.array, jax.jit(jax.vmap(train))(*seeds))
+    params, quantized = jax.tree.map(np.array, jax.jit(jax.vmap(train))(*seeds))
+    return {name: (params[name], quantized[name]) for name in OPTIMIZERS}
 
 
 def few_values(trace, qset):
@@ -115,7 +130,7 @@ def few_values(trace, qset):
 @every_transformation
 @every_set
 def test_jit_with_donation(name, qset):
-    params, quantized = (tree[qset] for tree in normal_run(name))
+    params, quantized = (tree[qset] for tree in run("normal")[name])
     assert np.isfinite(params).all()
     np.testing.assert_array_equal(params[EXACT], quantized[EXACT])
     assert few_values(quantized, qset)
@@ -126,8 +141,8 @@ def test_jit_with_donation(name, qset):
 @every_transformation
 @every_set
 def test_scan_and_vmap_over_seeds(name, qset):
-    params, quantized = (tree[qset] for tree in vmapped_scan(name))
-    wanted = normal_run(name)[0][qset]
+    params, quantized = (tree[qset] for tree in vmapped_scan()[name])
+    wanted = run("normal")[name][0][qset]
     np.testing.assert_allclose(params[0], wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(params[:, EXACT], quantized[:, EXACT])
     assert few_values(quantized, qset)
@@ -136,19 +151,17 @@ def test_scan_and_vmap_over_seeds(name, qset):
 
 @every_transformation
 def test_zero_weights_without_gradients_stay_zero(name):
-    zeros = jax.tree.map(jnp.zeros_like, noise(0, *SHAPE))
-    params, quantized = stepped(name, zeros, jax.tree.map(jnp.zeros_like, noise(0, STEPS, *SHAPE)))
+    params, quantized = run("zero")[name]
     for qset in SETS:
         assert not params[qset].any(), qset
         assert not quantized[qset].any(), qset
 
 
 @every_transformation
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_what_is_not_finite_stays_in_its_group(name, bad):
-    spoilt = jax.tree.map(lambda w: w.at[3, 1].set(bad), noise(0, *SHAPE))
-    params, quantized = stepped(name, spoilt, noise(1, STEPS, *SHAPE))
-    clean = normal_run(name)[0]
+    params, quantized = run(bad)[name]
+    clean = run("normal")[name][0]
     for qset in SETS:
         assert np.isnan(quantized[qset][..., 1]).all(), qset
         np.testing.assert_allclose(params[qset][..., ::2], clean[qset][..., ::2], rtol=1e-5)
@@ -272,7 +285,7 @@ def test_a_leaf_that_does_not_fit_is_named(name, qset):
 
 @every_transformation
 def test_it_is_a_transformation_with_extra_arguments(name):
-    optimizer, _, _ = compiled(name)
+    optimizer = OPTIMIZERS[name]
     assert isinstance(optimizer, optax.GradientTransformationExtraArgs)
     params = noise(0, *SHAPE)
     state = jax.eval_shape(optimizer.init, params)

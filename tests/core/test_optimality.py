@@ -69,6 +69,13 @@ def compiled(name):
     return jax.jit(jax.vmap(qset.quantize))
 
 
+@functools.cache
+def compiled_in_16_bits(name):
+    """A function of arrays by dtype: the search is the same program for each of them."""
+    quantize = jax.vmap(SETS[name].quantize)
+    return jax.jit(lambda arrays: {dtype: quantize(w) for dtype, w in arrays.items()})
+
+
 def check(name, size, seeds):
     kinds, w = zip(*groups(size, seeds, SETS[name].levels[-1]), strict=True)
     assert_optimal(SETS[name], kinds, w, compiled(name)(np.stack(w)))
@@ -127,8 +134,9 @@ def test_small_groups(name):
 def test_16_bit_weights(name, dtype):
     """Their scale is float32, and as good as that of the same weights in float32."""
     rng = np.random.default_rng(0)
-    w = np.stack([KINDS[kind](rng, 100) for kind in ("normal", "t2", "integers")]).astype(dtype)
-    quantized = compiled(name)(w)
+    w = np.stack([KINDS[kind](rng, 100) for kind in ("normal", "t2", "integers")])
+    both = {dtype: w.astype(dtype) for dtype in ("float16", "bfloat16")}
+    w, quantized = both[dtype], compiled_in_16_bits(name)(both)[dtype]
     assert quantized.scale.dtype == np.float32
     assert_optimal(SETS[name], ["normal", "t2", "integers"], w.astype(np.float32), quantized)
 

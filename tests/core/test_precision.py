@@ -27,9 +27,9 @@ def test_dtypes(form, dtype):
     params = {"kernel": normal(0, 4, 4, dtype=dtype)}
     for float_dtype in ("float32", dtype):
         optimizer = FORMS[form](optax.sgd(0.1), BINARY, 1.0, 3, float_dtype=float_dtype)
-        state = optimizer.init(params)
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
         for _ in range(2):
-            updates, state = optimizer.update(params, state, params)
+            updates, state = update(params, state, params)
             assert updates["kernel"].dtype == dtype
             assert brx.float_params(state, params)["kernel"].dtype == float_dtype
             assert brx.quantized_params(state, params)["kernel"].dtype == dtype
@@ -55,26 +55,34 @@ SMALL = {
 }
 
 
-def after_a_thousand(optimizer, params):
-    """Updates by a gradient of ones, which SGD and Adam alike turn into steps of 1e-4."""
-    grads = jax.tree.map(jnp.ones_like, params)
+@functools.cache
+def after_a_thousand(dtype, float_dtype):
+    """Updates by a gradient of ones, which SGD and Adam alike turn into steps of 1e-4.
+
+    Of every case in one program: name → params and float weights.
+    """
+    optimizers = {name: make(float_dtype) for name, make in SMALL.items()}
+    ones = {"kernel": jnp.ones((2, 2), dtype)}
 
     def body(carry, _):
-        params, state = carry
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        for name, (params, state) in carry.items():
+            updates, state = optimizers[name].update(ones, state, params)
+            carry[name] = optax.apply_updates(params, updates), state
+        return carry, None
 
-    carry = (params, optimizer.init(params))
-    (params, state), _ = jax.lax.scan(body, carry, length=1000)
-    return params["kernel"].astype("float32"), brx.float_params(state, params)["kernel"]
+    carry = {name: (ones, optimizer.init(ones)) for name, optimizer in optimizers.items()}
+    carry, _ = jax.lax.scan(body, carry, length=1000)
+    return {
+        name: (params["kernel"].astype("float32"), brx.float_params(state, params)["kernel"])
+        for name, (params, state) in carry.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", SMALL)
 def test_small_updates_of_16_bit_params_arrive(case, dtype):
     """A thousand of 1e-4 of the weight: the dtype alone would lose every one."""
-    ones = {"kernel": jnp.ones((2, 2), dtype)}
-    params, floats = after_a_thousand(SMALL[case]("float32"), ones)
+    params, floats = after_a_thousand(dtype, "float32")[case]
     np.testing.assert_allclose(floats, 0.9, rtol=1e-3)
     np.testing.assert_allclose(params, 0.9, rtol=1e-2)  # bfloat16 scales of phase II have 7 bits
 
@@ -82,9 +90,7 @@ def test_small_updates_of_16_bit_params_arrive(case, dtype):
 @pytest.mark.parametrize("case", SMALL)
 def test_bfloat16_float_weights_lose_small_updates(case):
     """Documented: that is what `float_dtype` is for."""
-    params, floats = after_a_thousand(
-        SMALL[case]("bfloat16"), {"kernel": jnp.ones((2, 2), "bfloat16")}
-    )
+    params, floats = after_a_thousand("bfloat16", "bfloat16")[case]
     np.testing.assert_array_equal(floats.astype("float32"), 1)
     np.testing.assert_allclose(params, 1, rtol=5e-3)
 

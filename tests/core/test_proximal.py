@@ -28,9 +28,14 @@ def weights(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
+def every_applied(qset, y, lam):
+    """What each map gives, in one program: the search for the scale is the same."""
+    return [proximal_map.apply(y, qset, lam) for proximal_map in MAPS]
+
+
 def applied(proximal_map, qset, y, lam):
-    return proximal_map.apply(y, qset, lam)
+    return every_applied(qset, y, lam)[MAPS.index(proximal_map)]
 
 
 def scales(qset, y):
@@ -154,20 +159,26 @@ def test_the_derivative_of_piecewise_affine_is_its_slope_or_zero():
     assert set(np.unique(slopes)) == {0, 2}
 
 
-def trained(optimizer, params, steps=30):
-    """Params and state after steps on a quadratic."""
-    wanted = jnp.asarray(weights(8, 6)[::-1])
+WANTED = weights(8, 6)[::-1]
+
+
+def trained(optimizers, steps):
+    """Params and state of each optimizer after steps on a quadratic, all in one program."""
+    params = {"kernel": jnp.asarray(weights(8, 6))}
 
     @jax.jit
-    def step(params, state):
-        grads = jax.tree.map(lambda w: w - wanted, params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def step(carries):
+        after = []
+        for optimizer, (params, state) in zip(optimizers, carries, strict=True):
+            grads = jax.tree.map(lambda w: w - WANTED, params)
+            updates, state = optimizer.update(grads, state, params)
+            after.append((optax.apply_updates(params, updates), state))
+        return after
 
-    state = optimizer.init(params)
+    carries = [(params, optimizer.init(params)) for optimizer in optimizers]
     for _ in range(steps):
-        params, state = step(params, state)
-    return params, state, wanted
+        carries = step(carries)
+    return carries
 
 
 def test_proxquant_is_a_proximal_step_of_the_weights_themselves():
@@ -178,32 +189,42 @@ def test_proxquant_is_a_proximal_step_of_the_weights_themselves():
         lam=lambda count: 0.01 * count,
         proximal_map=PROXQUANT,
     )
-    params, state, wanted = trained(optimizer, {"kernel": jnp.asarray(y)}, steps=10)
+    [(params, state)] = trained([optimizer], steps=10)
     for count in range(10):
-        y = y - 0.3 * (y - np.asarray(wanted))
+        y = y - 0.3 * (y - WANTED)
         y = np.asarray(applied(brx.SoftThreshold(), qset, y, 0.01 * count))
     np.testing.assert_allclose(params["kernel"], y, atol=1e-5)
     np.testing.assert_array_equal(brx.float_params(state, params)["kernel"], params["kernel"])
 
 
-@pytest.mark.parametrize("proximal_map", [*MAPS, PROXQUANT], ids=repr)
-def test_phase_two_is_exact_with_every_map(proximal_map):
+EVERY_MAP = [*MAPS, PROXQUANT]
+
+
+@functools.cache
+def trained_with_every_map():
     plan = brx.continuation(30, "linear")
-    optimizer = brx.binary_relax(optax.sgd(0.1), SETS[1], *plan, proximal_map=proximal_map)
-    params, state, _ = trained(optimizer, {"kernel": jnp.asarray(weights(8, 6))})
+    optimizers = [
+        brx.binary_relax(optax.sgd(0.1), SETS[1], *plan, proximal_map=proximal_map)
+        for proximal_map in EVERY_MAP
+    ]
+    return trained(optimizers, steps=30)
+
+
+@pytest.mark.parametrize("proximal_map", EVERY_MAP, ids=repr)
+def test_phase_two_is_exact_with_every_map(proximal_map):
+    params, state = trained_with_every_map()[EVERY_MAP.index(proximal_map)]
     np.testing.assert_array_equal(params["kernel"], brx.quantized_params(state, params)["kernel"])
     assert float(brx.strength(state)) == 1
 
 
 def test_parq_is_binary_relax_with_its_map():
     plan = brx.continuation(20, "sigmoid")
-    params = {"kernel": jnp.asarray(weights(8, 6))}
     ours = brx.parq(optax.adam(0.1), brx.Binary(), *plan)
     same = brx.binary_relax(
         optax.adam(0.1), brx.Binary(), *plan, proximal_map=brx.PiecewiseAffine()
     )
     other = brx.binary_relax(optax.adam(0.1), brx.Binary(), *plan)
-    w, v, u = (trained(o, params, steps=10)[0]["kernel"] for o in (ours, same, other))
+    w, v, u = (params["kernel"] for params, _ in trained((ours, same, other), steps=10))
     np.testing.assert_array_equal(w, v)
     assert not np.array_equal(w, u)
 

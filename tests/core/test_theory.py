@@ -56,6 +56,11 @@ def compiled(qset, from_params):
     return jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None, None)))
 
 
+@functools.cache
+def distances(qset):
+    return jax.jit(jax.vmap(jax.vmap(lambda w: brx.distance(w, SETS[qset]))))
+
+
 class Run(NamedTuple):
     """What training left; `w`, `y` and `q` = proj(y) are of (problem, step, entry)."""
 
@@ -77,8 +82,7 @@ class Run(NamedTuple):
     def relaxed(self, mu):
         """f(w) + μ/2·dist(w, Q)²."""
         with jax.enable_x64(True):
-            distance = jax.vmap(jax.vmap(lambda w: brx.distance(w, SETS[self.qset])))
-            return self.loss() + mu / 2 * np.asarray(distance(jnp.asarray(self.w))) ** 2
+            return self.loss() + mu / 2 * np.asarray(distances(self.qset)(self.w)) ** 2
 
     def stays(self):
         """Whether the next point has the same codes."""

@@ -13,9 +13,10 @@ def rules(leaves):
     return brx.select(*((f"^{name}$", qset) for name, qset in leaves.items()))
 
 
-def fresh_state(optimizer, params):
-    """As `init`, but for its scales: of no concern here, and as long to compile as an update."""
-    shapes = jax.eval_shape(optimizer.init, params)
+def fresh_state(shapes, params):
+    """As `init`, whose shapes are given, but for its scales: of no concern here, and as long to
+    compile as an update.
+    """
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     floats = optax.tree.get(shapes, "float_params")
     floats = jax.tree.map(lambda y, p: jnp.array(p, y.dtype), floats, params)

@@ -1,4 +1,8 @@
-"""Weights and training loops that several test files share."""
+"""Weights and training loops that several test files share.
+
+`init` runs outside jit, as users call it: there arrays of one shape share what is compiled for
+them, whatever the optimizer.
+"""
 
 import functools
 
@@ -15,26 +19,34 @@ def normal(seed, *shape, dtype="float32"):
 
 
 @functools.cache
-def compiled(optimizer):
-    """`init`, and one training step at given gradients."""
+def compiled(*optimizers):
+    """One training step of each, in one program: XLA compiles once what they have in common."""
 
     @jax.jit
-    def step(grads, state, params, **kwargs):
-        updates, state = optimizer.update(grads, state, params, **kwargs)
-        return optax.apply_updates(params, updates), state
+    def step(grads, carries, **kwargs):
+        after = []
+        for optimizer, (params, state) in zip(optimizers, carries, strict=True):
+            updates, state = optimizer.update(grads, state, params, **kwargs)
+            after.append((optax.apply_updates(params, updates), state))
+        return after
 
-    return jax.jit(optimizer.init), step
+    return step
+
+
+def traces_of(optimizers, params, grads, state=None, **kwargs):
+    """For each of some named optimizers the params and states after each of some updates."""
+    step, trace = compiled(*optimizers.values()), []
+    states = [o.init(params) if state is None else state for o in optimizers.values()]
+    carries = [(params, state) for state in states]
+    for grad in grads:
+        carries = step(grad, carries, **kwargs)
+        trace.append(carries)
+    return dict(zip(optimizers, zip(*trace, strict=True), strict=True))
 
 
 def trace_of(optimizer, params, grads, state=None, **kwargs):
     """The params and states after each of some updates."""
-    init, step = compiled(optimizer)
-    state = init(params) if state is None else state
-    trace = []
-    for grad in grads:
-        params, state = step(grad, state, params, **kwargs)
-        trace.append((params, state))
-    return trace
+    return traces_of({"one": optimizer}, params, grads, state, **kwargs)["one"]
 
 
 RULES = brx.select(
@@ -61,6 +73,7 @@ def make_params(seed=0):
     }
 
 
+@functools.lru_cache(maxsize=None, typed=True)
 def relaxing(lam=1.0, hard_from=8, rules=RULES, base=None):
     return brx.binary_relax(base or optax.sgd(0.05, momentum=0.5), rules, lam, hard_from)
 
@@ -72,8 +85,8 @@ def gradients(params, t):
 
 def steps(optimizer, params, count, state=None):
     """The params and the state after some updates, each by the cosine of the params."""
-    init, step = compiled(optimizer)
-    state = init(params) if state is None else state
+    step = compiled(optimizer)
+    state = optimizer.init(params) if state is None else state
     for t in range(count):
-        params, state = step(gradients(params, jnp.float32(t)), state, params)
+        [(params, state)] = step(gradients(params, jnp.float32(t)), [(params, state)])
     return params, state

@@ -45,8 +45,8 @@ def results(directory="."):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(compiled_programs):
-    return compiled_programs
+def cache(quickly_compiled):
+    return quickly_compiled
 
 
 @pytest.fixture(scope="module")

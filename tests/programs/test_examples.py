@@ -29,9 +29,9 @@ TINY = Config(epochs=2, batch=64, train_examples=256, validation=0.2, statistics
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(compiled_programs):
+def compile_once(quickly_compiled):
     """The runs here are many and alike."""
-    return compiled_programs
+    return quickly_compiled
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def made():
 
 
 @pytest.fixture(scope="module")
-def trainer(made, compiled_programs):
+def trainer(made, quickly_compiled):
     return Trainer(TINY, made)
 
 
@@ -62,7 +62,7 @@ def relaxed(trainer, start):
 
 
 @pytest.fixture(scope="module")
-def program(made, compiled_programs):
+def program(made, quickly_compiled):
     """The program with its data made, and without the network that takes long to compile."""
     networks = language_trainer.networks
 

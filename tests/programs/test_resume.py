@@ -38,8 +38,8 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(compiled_programs):
-    return compiled_programs
+def cache(quickly_compiled):
+    return quickly_compiled
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,8 @@ def process(devices: int, out: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(compiled_programs):
-    return compiled_programs
+def cache(quickly_compiled):
+    return quickly_compiled
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Base optimizers inside `binary_relax`: they act on the float weights, and the params end exact.
 
-One compiled program runs a base alone, in the wrapper and in the chain, so that every test of one
-base shares it.
+One compiled program runs every base alone, in the wrapper and in the chain.
 """
 
 import functools
@@ -65,48 +64,56 @@ def weights(seed, *steps):
     }
 
 
-@functools.cache
-def program(name):
-    """A base alone, in the wrapper and in the chain, at the same gradients."""
-    base = BASES[name]
-    optimizers = {
+OPTIMIZERS = {
+    name: {
         "alone": base,
         "wrapper": brx.binary_relax(base, RULES, LAM, HARD_FROM),
         "chain": optax.chain(base, brx.relax_params(RULES, LAM, HARD_FROM)),
     }
+    for name, base in BASES.items()
+}
 
-    def step(carry, grads):
-        trace = {}
-        for form, (params, state) in carry.items():
-            updates, state = optimizers[form].update(grads, state, params)
+
+def step(carry, grads):
+    """One step of every base in every form: base → form → (params, state), and what they left."""
+    trace = {name: {} for name in BASES}
+    for name, forms in OPTIMIZERS.items():
+        for form, optimizer in forms.items():
+            params, state = carry[name][form]
+            updates, state = optimizer.update(grads, state, params)
             params = optax.apply_updates(params, updates)
-            carry[form] = params, state
-            trace[form] = {"params": params}
+            carry[name][form] = params, state
+            trace[name][form] = {"params": params}
             if form != "alone":
-                trace[form] |= {
+                trace[name][form] |= {
                     "floats": brx.float_params(state, params),
                     "quantized": brx.quantized_params(state, params),
                 }
-        return carry, trace
+    return carry, trace
 
-    @jax.jit
-    def run(params, grads):
-        carry = {form: (params, optimizer.init(params)) for form, optimizer in optimizers.items()}
-        return jax.lax.scan(step, carry, grads)[1]
 
-    return run
+@jax.jit
+def scanned(carry, grads):
+    return jax.lax.scan(step, carry, grads)[1]
 
 
 @functools.cache
-def moved(name):
-    """A run at random gradients."""
-    return jax.tree.map(np.asarray, program(name)(weights(0), weights(10, STEPS)))
+def run(with_gradients=True):
+    """The trace of every base, at the same random gradients or at none."""
+    params, grads = weights(0), weights(10, STEPS)
+    if not with_gradients:
+        grads = jax.tree.map(jnp.zeros_like, grads)
+    carry = {
+        name: {form: (params, optimizer.init(params)) for form, optimizer in forms.items()}
+        for name, forms in OPTIMIZERS.items()
+    }
+    return jax.tree.map(np.asarray, scanned(carry, grads))
 
 
 @every_base
 def test_float_weights_move_as_the_base_alone_moves_them(base):
     """Whatever the base reads of its params, it reads of the float weights."""
-    trace = moved(base)
+    trace = run()[base]
     for name, wanted in trace["alone"]["params"].items():
         floats = trace["wrapper"]["floats"][name]
         np.testing.assert_allclose(floats, wanted, rtol=2e-5, atol=2e-6)
@@ -117,7 +124,7 @@ def test_float_weights_move_as_the_base_alone_moves_them(base):
 @every_base
 @pytest.mark.parametrize("form", ["wrapper", "chain"])
 def test_params_are_quantized_bit_for_bit_in_phase_two(base, form):
-    trace = moved(base)[form]
+    trace = run()[base][form]
     for name, qset in SETS.items():
         hard, quantized = (trace[part][name][HARD_FROM:] for part in ("params", "quantized"))
         np.testing.assert_array_equal(hard, quantized)
@@ -131,8 +138,7 @@ def test_params_are_quantized_bit_for_bit_in_phase_two(base, form):
 def test_weight_decay_acts_on_the_float_weights(base):
     """Without gradients, decay alone moves: in the wrapper the float weights, whatever λ; in the
     chain they move by the decay of the params."""
-    start, zeros = weights(0), jax.tree.map(jnp.zeros_like, weights(10, STEPS))
-    trace = jax.tree.map(np.asarray, program(base)(start, zeros))
+    start, trace = weights(0), run(with_gradients=False)[base]
     factor, count = DECAYS[base], np.arange(1, STEPS + 1)
     y = np.asarray(start["kernel"])
     wanted = y * factor ** count[:, None, None]
@@ -166,7 +172,7 @@ def test_muon_picks_its_leaves_as_it_does_alone(numbers, wanted):
 
 def test_muon_steps_of_float_weights_are_orthogonal():
     """In all directions alike, whatever the gradient: what Muon is."""
-    floats = moved("muon")["wrapper"]["floats"]["kernel"]
+    floats = run()["muon"]["wrapper"]["floats"]["kernel"]
     step = floats[0] - np.asarray(weights(0)["kernel"]) * DECAYS["muon"]
     singular = np.linalg.svd(step / 0.05, compute_uv=False)
     assert (singular > 0.5).all()
@@ -201,32 +207,33 @@ def loss(params):
 
 
 @functools.cache
-def searched(form):
-    """Params and state after steps with the arguments of a line search, at a λ to be given."""
-    base = optax.lbfgs(memory_size=2)
+def searched(lam, count):
+    """Params and state of either form after steps with the arguments of a line search."""
+    params = {"kernel": normal(4, 4, 3)}
+    carry = {form: (params, make(lam).init(params)) for form, make in SEARCHING.items()}
+    trace = [carry]
+    for _ in range(count):
+        trace.append(searching_step(trace[-1], lam))
+    return {form: [carry[form] for carry in trace] for form in SEARCHING}
 
-    def optimizer(lam):
-        return {
-            "wrapper": brx.binary_relax(base, BINARY, lam),
-            "chain": optax.chain(base, brx.relax_params(BINARY, lam)),
-        }[form]
 
-    @jax.jit
-    def step(params, state, lam):
+SEARCHING = {
+    "wrapper": lambda lam: brx.binary_relax(optax.lbfgs(memory_size=2), BINARY, lam),
+    "chain": lambda lam: optax.chain(optax.lbfgs(memory_size=2), brx.relax_params(BINARY, lam)),
+}
+
+
+@jax.jit
+def searching_step(carry, lam):
+    """One step of either form, at a λ that is an argument."""
+    after = {}
+    for form, (params, state) in carry.items():
         value, grad = jax.value_and_grad(loss)(params)
-        updates, state = optimizer(lam).update(
+        updates, state = SEARCHING[form](lam).update(
             grad, state, params, value=value, grad=grad, value_fn=loss
         )
-        return optax.apply_updates(params, updates), state
-
-    def run(lam, count):
-        params = {"kernel": normal(4, 4, 3)}
-        trace = [(params, jax.jit(optimizer(lam).init)(params))]
-        for _ in range(count):
-            trace.append(step(*trace[-1], lam))
-        return trace
-
-    return run
+        after[form] = optax.apply_updates(params, updates), state
+    return after
 
 
 def agrees(left, right):
@@ -236,7 +243,7 @@ def agrees(left, right):
 
 def test_a_line_search_gets_its_arguments():
     """At λ = 0 the wrapper is L-BFGS, and its last value and gradient may be used again."""
-    params, state = searched("wrapper")(0.0, 9)[-1]
+    params, state = searched(0.0, 9)["wrapper"][-1]
     np.testing.assert_allclose(params["kernel"], TARGET, atol=1e-2)
     reused = optax.value_and_grad_from_state(loss)(params, state=state)
     assert agrees(reused, jax.value_and_grad(loss)(params))
@@ -247,7 +254,7 @@ def test_a_line_search_gets_its_arguments():
 def test_a_line_search_in_the_wrapper_looks_at_the_float_weights():
     """Documented: it compares the loss at the params with losses at float weights, and
     `value_and_grad_from_state` returns what the float network has, not the params."""
-    params, state = searched("wrapper")(np.inf, 2)[-1]
+    params, state = searched(np.inf, 2)["wrapper"][-1]
     reused = optax.value_and_grad_from_state(loss)(params, state=state)
     assert agrees(reused, jax.value_and_grad(loss)(brx.float_params(state, params)))
     assert not agrees(reused, jax.value_and_grad(loss)(params))
@@ -256,7 +263,7 @@ def test_a_line_search_in_the_wrapper_looks_at_the_float_weights():
 def test_a_line_search_in_the_chain_looks_where_the_params_do_not_go():
     """Documented: it finds a good step from the params, the float weights take that step, and the
     loss at the new params is another."""
-    (before, _), (params, state) = searched("chain")(np.inf, 3)[-2:]
+    (before, _), (params, state) = searched(np.inf, 3)["chain"][-2:]
     found, _ = optax.value_and_grad_from_state(loss)(params, state=state)
     assert float(found) < 0.9 * float(loss(before))
     assert float(found) < 0.9 * float(loss(params))

@@ -1,12 +1,13 @@
 """In phase II every scale group holds at most |L| distinct values, bit for bit, after plain
 `apply_updates`.
 
-Compilation dominates these tests: one program holds a leaf for each set and granularity, and serves
-every case, whose numbers are its arguments.
+Compilation dominates these tests: one program holds a leaf for each set and granularity, in every
+width and form, and serves every case, whose numbers are its arguments.
 """
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from typing import NamedTuple
 
@@ -245,54 +246,53 @@ def leaves_of(width, form):
     return leaves
 
 
-@functools.cache
-def program(width, form):
-    """The compiled run: (params, state, gradients, numbers of the case) → final state, trace.
-
-    Each leaf has one of the four optimizers, another one in each form and width.
-    """
+def transformation(width, form, rate, infinite_from, hard_from):
+    """Each leaf has one of the four optimizers, another one in each form and width."""
     leaves = leaves_of(width, form)
     shift = FORMS.index(form) + 2 * WIDTHS.index(width) if width in WIDTHS else width.shift
     labels = {
         name: list(OPTIMIZERS)[(i + shift) % len(OPTIMIZERS)] for i, name in enumerate(leaves)
     }
-
-    def transformation(rate, infinite_from, hard_from):
-        base = optax.partition({name: make(rate) for name, make in OPTIMIZERS.items()}, labels)
-        return FORM[form](
-            base,
-            rules({name: qset for name, (qset, _) in leaves.items()}),
-            lambda count: jnp.where(count < infinite_from, 1.4**count, jnp.inf),
-            hard_from,
-        )
-
-    @jax.jit
-    def scan(params, state, grads, case):
-        optimizer = transformation(case["rate"], case["infinite_from"], case["hard_from"])
-
-        def step(carry, given):
-            params, state = carry
-            grads, push = given
-            floats = brx.float_params(state, params)
-            grads = jax.tree.map(lambda g, y: g + (push * y).astype(g.dtype), grads, floats)
-            updates, state = optimizer.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), {
-                "params": params,
-                "quantized": brx.quantized_params(state, params),
-                "floats": brx.float_params(state, params),
-                "scales": scales_of(state),
-            }
-
-        push = jnp.full(STEPS, case["kick"]).at[JUMP].add(1 - case["jump"]) / (0.1 * case["rate"])
-        return jax.lax.scan(step, (params, state), (grads, push))
-
-    return transformation(1.0, NEVER, NEVER), scan
+    base = optax.partition({name: make(rate) for name, make in OPTIMIZERS.items()}, labels)
+    return FORM[form](
+        base,
+        rules({name: qset for name, (qset, _) in leaves.items()}),
+        lambda count: jnp.where(count < infinite_from, 1.4**count, jnp.inf),
+        hard_from,
+    )
 
 
-@functools.cache
-def complete(width, form, case):
-    """The final (params, state), and the trace, whose leaves have the steps as first axis."""
+@jax.jit
+def scan(carry, grads, case):
+    """(width, form) → (params, state), gradients, numbers of the case → final carry, trace."""
+    numbers = case["rate"], case["infinite_from"], case["hard_from"]
+    optimizers = {key: transformation(*key, *numbers) for key in carry}
+
+    def step(carry, given):
+        trace = {}
+        for key, optimizer in optimizers.items():
+            carry[key], trace[key] = one_step(optimizer, *carry[key], given[0][key], given[1])
+        return carry, trace
+
+    push = jnp.full(STEPS, case["kick"]).at[JUMP].add(1 - case["jump"]) / (0.1 * case["rate"])
+    return jax.lax.scan(step, carry, (grads, push))
+
+
+def one_step(optimizer, params, state, grads, push):
+    floats = brx.float_params(state, params)
+    grads = jax.tree.map(lambda g, y: g + (push * y).astype(g.dtype), grads, floats)
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    return (params, state), {
+        "params": params,
+        "quantized": brx.quantized_params(state, params),
+        "floats": brx.float_params(state, params),
+        "scales": scales_of(state),
+    }
+
+
+def start_of(width, form, case):
+    """Params, state and the gradients of each step."""
     rng = np.random.default_rng(zlib.crc32(repr((width, form, case)).encode()))
 
     def noise(scale, *shape):
@@ -303,10 +303,29 @@ def complete(width, form, case):
     params = {name: jnp.asarray(noise(0.05, *SHAPE), dtype) for name, dtype in dtypes.items()}
     size = 0.1 if case.jump == 1 else 0.005
     grads = {name: jnp.asarray(noise(size, STEPS, *SHAPE), dtype) for name, dtype in dtypes.items()}
+    return (params, fresh_state(shapes_of_state(width, form), params)), grads
+
+
+@functools.cache
+def shapes_of_state(width, form):
+    leaves = leaves_of(width, form).items()
+    params = {name: jax.ShapeDtypeStruct(SHAPE, dtype) for name, (_, dtype) in leaves}
+    return jax.eval_shape(transformation(width, form, 1.0, NEVER, NEVER).init, params)
+
+
+@functools.cache
+def completed(keys, case):
+    """(width, form) → the final (params, state), and the trace, the steps as its first axis."""
+    starts = {key: start_of(*key, case) for key in keys}
+    carry, grads = ({key: start[i] for key, start in starts.items()} for i in range(2))
     numbers = {name: jnp.float32(value) for name, value in dataclasses.asdict(case).items()}
-    optimizer, scan = program(width, form)
-    last, trace = scan(params, fresh_state(optimizer, params), grads, numbers)
-    return last, jax.tree.map(np.asarray, trace)
+    last, trace = scan(carry, grads, numbers)
+    return {key: (last[key], jax.tree.map(np.asarray, trace[key])) for key in keys}
+
+
+def complete(width, form, case):
+    keys = itertools.product(WIDTHS, FORMS) if width in WIDTHS else [(width, form)]
+    return completed(tuple(keys), case)[width, form]
 
 
 def run(width, form, case):

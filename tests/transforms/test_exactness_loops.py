@@ -23,7 +23,10 @@ def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtype):
     rng = np.random.default_rng(5)
     params = {name: jnp.asarray(rng.standard_normal(SHAPE), dtype) for name in leaves}
     optimizer = brx.binary_connect(optax.sgd(1.0), rules(leaves))
-    state, update = fresh_state(optimizer, params), jax.jit(optimizer.update)
+    state, update = (
+        fresh_state(jax.eval_shape(optimizer.init, params), params),
+        jax.jit(optimizer.update),
+    )
     rest = [1] * 12
     for step, growth in enumerate([*rest, 1000, *rest, 1e-3, *rest]):
         # The factor spreads, and some signs flip.
@@ -63,7 +66,10 @@ def test_float64_is_exact():
         rng = np.random.default_rng(12)
         params = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
         optimizer = brx.binary_relax(optax.adam(0.1), rules(leaves), 1.0, hard_from=8)
-        state, update = fresh_state(optimizer, params), jax.jit(optimizer.update)
+        state, update = (
+            fresh_state(jax.eval_shape(optimizer.init, params), params),
+            jax.jit(optimizer.update),
+        )
         for step in range(12):
             grads = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
             updates, state = update(grads, state, params)
@@ -90,7 +96,10 @@ def test_large_leaves_are_exact():
 
     params = noise()
     optimizer = brx.binary_connect(optax.sgd(0.1, 0.9), rules(sets))
-    state, update = fresh_state(optimizer, params), jax.jit(optimizer.update)
+    state, update = (
+        fresh_state(jax.eval_shape(optimizer.init, params), params),
+        jax.jit(optimizer.update),
+    )
     for step in range(4):
         updates, state = update(noise(), state, params)
         params = optax.apply_updates(params, updates)

@@ -53,14 +53,15 @@ def test_with_float_params_goes_on_from_them():
     """The next update starts at the new weights, with the momentum and the count of before."""
     optimizer = brx.binary_relax(optax.sgd(0.1, momentum=0.5), BINARY, 1.0)
     params, grads = {"kernel": jnp.eye(3)}, {"kernel": jnp.ones((3, 3))}
-    _, state = optimizer.update(grads, optimizer.init(params), params)
+    update = jax.jit(optimizer.update)
+    _, state = update(grads, optimizer.init(params), params)
     new = {"kernel": jnp.arange(9.0).reshape(3, 3) - 4}
     replaced = brx.with_float_params(state, new)
     assert int(replaced.count) == 1
     assert float(brx.strength(replaced)) == 0
     quantized = brx.quantized_params(replaced, new)["kernel"]
     np.testing.assert_allclose(np.abs(quantized), np.mean(np.abs(new["kernel"])), rtol=1e-5)
-    updates, after = optimizer.update(grads, replaced, new)
+    updates, after = update(grads, replaced, new)
     moved = new["kernel"] - 0.1 * 1.5
     np.testing.assert_allclose(brx.float_params(after, new)["kernel"], moved, rtol=1e-6)
     wanted = (moved + BINARY.project(moved)) / 2
@@ -100,18 +101,24 @@ ODD_TREES = {
 @pytest.mark.parametrize("tree", ODD_TREES.values(), ids=ODD_TREES)
 def test_leaves_are_not_mixed_up(tree):
     """Each leaf has weights of its own size: two leaves of one path would show."""
-    params = tree(lambda i: jnp.full((i, 2), float(i)))
     optimizer = brx.binary_connect(optax.sgd(0.0), BINARY)
-    state = optimizer.init(params)
-    for _ in range(3):
-        updates, state = optimizer.update(params, state, params)
-        params = optax.apply_updates(params, updates)
-    wanted = tree(lambda i: jnp.full((i, 2), float(i)))
-    for got in (params, brx.float_params(state, params), brx.quantized_params(state, params)):
-        chex.assert_trees_all_equal(got, wanted)
-    doubled = jax.tree.map(lambda p: 2 * p, wanted)
-    replaced = brx.with_float_params(state, doubled)
-    chex.assert_trees_all_equal(brx.quantized_params(replaced, doubled), doubled)
+    start = tree(lambda i: np.full((i, 2), i, np.float32))
+    doubled = tree(lambda i: np.full((i, 2), 2 * i, np.float32))
+
+    @jax.jit
+    def run(params):
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        read = brx.float_params(state, params), brx.quantized_params(state, params)
+        replaced = brx.with_float_params(state, doubled)
+        return (params, *read), brx.quantized_params(replaced, doubled)
+
+    same, replaced = run(start)
+    for got in same:
+        chex.assert_trees_all_equal(got, start)
+    chex.assert_trees_all_equal(replaced, doubled)
 
 
 def test_two_leaves_of_one_path_are_refused():
@@ -235,9 +242,10 @@ def test_flax_serialization_of_a_train_state():
     params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
     optimizer = brx.binary_relax(optax.adam(0.1), BINARY, 1.0, hard_from=2)
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+    step = jax.jit(lambda state: state.apply_gradients(grads=jax.tree.map(jnp.cos, state.params)))
     moved = state
     for _ in range(5):
-        moved = moved.apply_gradients(grads=jax.tree.map(jnp.cos, moved.params))
+        moved = step(moved)
     restored = serialization.from_bytes(state, serialization.to_bytes(moved))
     chex.assert_trees_all_equal(restored.params, moved.params)
     chex.assert_trees_all_equal(
@@ -268,7 +276,12 @@ def test_nnx_state_at_init_and_after_updates():
     optimizer = nnx.Optimizer(
         model, optax.chain(brx.binary_relax(optax.sgd(0.1), rules, 1.0)), wrt=nnx.Param
     )
-    grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 4))) ** 2))
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 4))) ** 2))(model)
+        optimizer.update(model, grads)
+
     for strength in (0.0, 0.5, 0.5):
         assert float(brx.strength(optimizer.opt_state)) == strength
         params = nnx.state(model, nnx.Param)
@@ -282,7 +295,7 @@ def test_nnx_state_at_init_and_after_updates():
         wanted = (1 - strength) * floats["layers"][0]["kernel"][...]
         wanted += strength * first["kernel"][...]
         np.testing.assert_allclose(w, wanted, atol=1e-5)
-        optimizer.update(model, grads(model))
+        step(model, optimizer)
     zeros = jax.tree.map(jnp.zeros_like, params)
     replaced = brx.with_float_params(optimizer.opt_state, zeros)
     for leaf in jax.tree.leaves(brx.float_params(replaced, zeros)):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
-from tests.helpers.training import normal, trace_of
+from tests.helpers.training import compiled, normal, trace_of, traces_of
 
 BINARY, THRESHOLD = brx.Binary(), brx.TernaryThreshold()
 FORMS = {
@@ -18,6 +18,29 @@ FORMS = {
     "chain": lambda base, *args, **kwargs: optax.chain(base, brx.relax_params(*args, **kwargs)),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
+SGD = optax.sgd(0.1)
+BASES = {"sgd": optax.sgd(0.1, 0.9), "adamw": optax.adamw(0.01)}
+PHASE_TWO = [
+    *(("chain", hard_from) for hard_from in (0, 9)),
+    *(("wrapper", hard_from) for hard_from in (1, 3.0, np.int64(3), jnp.int32(9))),
+]
+STEPS = 20
+
+
+@functools.cache
+def traces():
+    """Many transformations at the same gradients, in one program."""
+    cases = {
+        ("phase two", form, repr(hard_from)): FORMS[form](SGD, BINARY, 1.0, hard_from)
+        for form, hard_from in PHASE_TWO
+    }
+    for form, make in FORMS.items():
+        cases["schedule", form] = make(SGD, BINARY, lambda count: count - 1)
+        cases["never", form] = make(SGD, BINARY, 1e4, None)
+        for name, base in BASES.items():
+            cases["lambda zero", form, name] = make(base, BINARY, 0.0)
+    grads = [{"kernel": normal(i, 4, 4)} for i in range(STEPS)]
+    return traces_of(BASES | cases, grads[0], grads)
 
 
 def binary(y):
@@ -73,23 +96,16 @@ def test_the_first_gradient_is_taken_at_the_params_as_given():
 @every_form
 def test_the_schedule_is_evaluated_before_the_increment(form):
     """As in Optax: count 0 at the first update. A negative λ counts as 0."""
-    grads = [{"kernel": normal(1, 3, 3)}] * 5
-    optimizer = FORMS[form](optax.sgd(0.1), BINARY, lambda count: count - 1)
-    strengths = [float(brx.strength(state)) for _, state in trace_of(optimizer, grads[0], grads)]
+    strengths = [float(brx.strength(state)) for _, state in traces()["schedule", form][:5]]
     np.testing.assert_allclose(strengths, [0, 0, 1 / 2, 2 / 3, 3 / 4], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("form", "hard_from"),
-    [("chain", 0), ("chain", 9), *(("wrapper", t) for t in (1, 3.0, np.int64(3), jnp.int32(9)))],
-)
+@pytest.mark.parametrize(("form", "hard_from"), PHASE_TWO)
 def test_phase_two_starts_at_hard_from(form, hard_from):
-    grads = [{"kernel": normal(i, 4, 4)} for i in range(12)]
-    optimizer = FORMS[form](optax.sgd(0.1), BINARY, 1.0, hard_from)
-    trace = trace_of(optimizer, grads[0], grads)
+    trace = traces()["phase two", form, repr(hard_from)]
     strengths = [float(brx.strength(state)) for _, state in trace]
     first = int(hard_from)
-    assert strengths == [0.5] * first + [1.0] * (12 - first)
+    assert strengths == [0.5] * first + [1.0] * (STEPS - first)
     few = [len(np.unique(params["kernel"])) <= 2 for params, _ in trace]
     assert not any(few[:first])
     assert all(few[first if first >= 8 else first + 2 :])
@@ -101,7 +117,7 @@ def test_numbers_may_be_traced(form):
     params = normal(0, 4, 3)
 
     def run(lam, hard_from):
-        return trace_of(FORMS[form](optax.sgd(0.1), BINARY, lam, hard_from), params, [params] * 3)
+        return trace_of(FORMS[form](SGD, BINARY, lam, hard_from), params, [params] * 3)
 
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     jax.tree.map(close, jax.jit(run)(1.0, 2), run(1.0, 2))
@@ -110,19 +126,23 @@ def test_numbers_may_be_traced(form):
 @every_form
 def test_without_hard_from_phase_two_never_starts(form):
     """λ = 1e6 is not ∞: the params stay off the set."""
-    grads = [{"kernel": normal(i, 4, 4)} for i in range(20)]
-    trace = trace_of(FORMS[form](optax.sgd(0.1), BINARY, 1e4, None), grads[0], grads)
+    trace = traces()["never", form]
     assert all(float(brx.strength(state)) < 1 for _, state in trace)
     assert all(len(np.unique(params["kernel"])) > 2 for params, _ in trace)
 
 
+@functools.cache
+def soon_and_never():
+    """(form, hard_from) → trace."""
+    grads = [{"kernel": normal(i, 8, 8)} for i in range(30)]
+    cases = itertools.product(FORMS, (28, None))
+    optimizers = {case: FORMS[case[0]](BASES["sgd"], BINARY, 0.5, case[1]) for case in cases}
+    return traces_of(optimizers, grads[0], grads)
+
+
 @every_form
 def test_phase_one_is_unrounded_until_eight_updates_before_phase_two(form):
-    grads = [{"kernel": normal(i, 8, 8)} for i in range(30)]
-    soon, never = (
-        trace_of(FORMS[form](optax.sgd(0.1, 0.9), BINARY, 0.5, hard_from), grads[0], grads)
-        for hard_from in (28, None)
-    )
+    soon, never = (soon_and_never()[form, hard_from] for hard_from in (28, None))
     pairs = [(a["kernel"], b["kernel"]) for (a, _), (b, _) in zip(soon, never, strict=True)]
     same = [np.array_equal(a, b) for a, b in pairs]
     assert all(same[:20])
@@ -134,12 +154,10 @@ def test_phase_one_is_unrounded_until_eight_updates_before_phase_two(form):
     assert close.all()
 
 
-@pytest.mark.parametrize("base", [optax.sgd(0.1, 0.9), optax.adamw(0.01)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("base", BASES)
 @every_form
 def test_lambda_zero_trains_as_the_base(form, base):
-    params, grads = {"kernel": normal(0, 4, 4)}, [{"kernel": normal(i, 4, 4)} for i in range(20)]
-    ours = trace_of(FORMS[form](base, BINARY, 0.0), params, grads)
-    theirs = trace_of(base, params, grads)
+    ours, theirs = traces()["lambda zero", form, base], traces()[base]
     for (a, state), (b, _) in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=2e-6, atol=1e-6)
         np.testing.assert_allclose(brx.float_params(state, a)["kernel"], b["kernel"], atol=1e-6)
@@ -154,7 +172,7 @@ def test_three_spellings_of_binary_connect():
         brx.binary_relax(optax.adam(0.1), THRESHOLD, 1.0, hard_from=0),
         optax.chain(optax.adam(0.1), brx.relax_params(THRESHOLD, np.inf)),
     )
-    runs = [trace_of(optimizer, params, grads) for optimizer in optimizers]
+    runs = traces_of(dict(enumerate(optimizers)), params, grads).values()
     for (wanted, state), *others in zip(*runs, strict=True):
         assert float(brx.strength(state)) == 1
         for params, _ in others:
@@ -170,8 +188,7 @@ def test_binary_connect_is_the_straight_through_estimator():
     state = optimizer.init(params)
     for _ in range(6):
         grads = {"kernel": params["kernel"] - target.astype("float32")}
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        [(params, state)] = compiled(optimizer)(grads, [(params, state)])
         y = y - 0.2 * (w - target)
         w = binary(y)
         np.testing.assert_allclose(params["kernel"], w, atol=1e-5)
@@ -181,9 +198,10 @@ def test_weight_decay_acts_on_float_weights_in_the_wrapper_and_on_params_in_the_
     base, params = optax.adamw(0.5, weight_decay=0.1), {"kernel": normal(0, 4, 4)}
     grads = [jax.tree.map(jnp.zeros_like, params)] * 6
     y = np.asarray(params["kernel"], np.float64)
-    wrapped = trace_of(brx.binary_relax(base, BINARY, 3.0), params, grads)[-1]
+    optimizers = {form: make(base, BINARY, 3.0) for form, make in FORMS.items()}
+    traces = traces_of(optimizers, params, grads)
+    wrapped, chained = (traces[form][-1] for form in ("wrapper", "chain"))
     np.testing.assert_allclose(brx.float_params(*wrapped[::-1])["kernel"], y * 0.95**6, rtol=1e-5)
-    chained = trace_of(FORMS["chain"](base, BINARY, 3.0), params, grads)[-1]
     w = y
     for _ in range(6):
         y = y - 0.05 * w
@@ -192,20 +210,25 @@ def test_weight_decay_acts_on_float_weights_in_the_wrapper_and_on_params_in_the_
     assert np.abs(y - brx.float_params(*wrapped[::-1])["kernel"]).max() > 0.05
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(1.0)),
-        optax.lamb(0.1, weight_decay=0.1),
-        optax.lars(0.1),
-    ],
-    ids=["adaptive_grad_clip", "lamb", "lars"],
-)
+BY_NORMS = {
+    "adaptive_grad_clip": optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(1.0)),
+    "lamb": optax.lamb(0.1, weight_decay=0.1),
+    "lars": optax.lars(0.1),
+}
+
+
+@functools.cache
+def by_norms():
+    """The traces of each base and, under (its name, "ours"), of the wrapper around it."""
+    params, grads = {"kernel": normal(0, 4, 4)}, [{"kernel": normal(i, 4, 4)} for i in range(8)]
+    ours = {(name, "ours"): brx.binary_connect(base, BINARY) for name, base in BY_NORMS.items()}
+    return traces_of(BY_NORMS | ours, params, grads)
+
+
+@pytest.mark.parametrize("base", BY_NORMS)
 def test_norms_of_params_are_those_of_the_float_weights(base):
     """The wrapper's float weights move as the base alone moves them, given the same gradients."""
-    params, grads = {"kernel": normal(0, 4, 4)}, [{"kernel": normal(i, 4, 4)} for i in range(8)]
-    ours = trace_of(brx.binary_connect(base, BINARY), params, grads)
-    for (p, state), (y, _) in zip(ours, trace_of(base, params, grads), strict=True):
+    for (p, state), (y, _) in zip(by_norms()[base, "ours"], by_norms()[base], strict=True):
         np.testing.assert_allclose(brx.float_params(state, p)["kernel"], y["kernel"], rtol=1e-4)
 
 
@@ -213,8 +236,8 @@ def test_extra_arguments_are_forwarded():
     """Polyak's step size is the loss value; the line of plain transformations ignores it."""
     params, grads = {"kernel": normal(0, 2, 2)}, [{"kernel": jnp.ones((2, 2))}]
     base = optax.polyak_sgd(max_learning_rate=10.0)
-    for optimizer in (brx.binary_relax(base, BINARY, 0.0), FORMS["chain"](base, BINARY, 0.0)):
-        moved = trace_of(optimizer, params, grads, value=2.0)[0][0]
+    optimizers = {form: make(base, BINARY, 0.0) for form, make in FORMS.items()}
+    for [(moved, _)] in traces_of(optimizers, params, grads, value=2.0).values():
         np.testing.assert_allclose(moved["kernel"], params["kernel"] - 2.0 / 4, rtol=1e-5)
     plain = brx.binary_relax(optax.sgd(0.1), BINARY, 0.0)
     trace_of(plain, params, grads, value=2.0, grad=grads[0], anything=None)
@@ -238,8 +261,8 @@ def test_other_leaves_get_the_updates_of_the_base_bit_for_bit():
     grads = [jax.tree.map(lambda p, i=i: jnp.cos(p + i), params) for i in range(6)]
     base = optax.adam(0.1, eps=1e-4)
     ours = brx.binary_relax(base, BINARY, 1.0, hard_from=2)
-    traces = (trace_of(optimizer, params, grads) for optimizer in (ours, base))
-    for (a, _), (b, _) in zip(*traces, strict=True):
+    traces = traces_of({"ours": ours, "base": base}, params, grads)
+    for (a, _), (b, _) in zip(*traces.values(), strict=True):
         np.testing.assert_array_equal(a["bias"], b["bias"])
         np.testing.assert_array_equal(a["half"], b["half"])
 
@@ -282,9 +305,8 @@ def test_weights_that_recover_from_zero():
     """All-zero leaves stay zero without gradients, and are quantized once they have some."""
     params = {"kernel": jnp.zeros((4, 4))}
     zero, some = {"kernel": jnp.zeros((4, 4))}, {"kernel": normal(1, 4, 4)}
-    for qset in (BINARY, THRESHOLD):
-        optimizer = brx.binary_connect(optax.sgd(0.1), qset)
-        trace = trace_of(optimizer, params, [zero] * 3 + [some] * 3)
+    optimizers = {qset: brx.binary_connect(SGD, qset) for qset in (BINARY, THRESHOLD)}
+    for qset, trace in traces_of(optimizers, params, [zero] * 3 + [some] * 3).items():
         assert all((p["kernel"] == 0).all() for p, _ in trace[:3])
         p, state = trace[-1]
         assert 0 < len(np.unique(p["kernel"])) <= len(qset.levels)
@@ -297,10 +319,10 @@ def test_the_count_stops_at_the_end_of_int32():
     params = {"kernel": normal(0, 2, 2)}
     optimizer = brx.binary_relax(optax.sgd(0.1), BINARY, lambda count: count / 1e9, hard_from=None)
     state = optimizer.init(params)._replace(count=jnp.int32(2**31 - 2))
-    counts = [int(state.count) for _, state in trace_of(optimizer, params, [params] * 3, state)]
-    assert counts == [2**31 - 1] * 3
-    late = brx.binary_relax(optax.sgd(0.1), BINARY, 1.0, hard_from=2**31 - 1)
-    _, after = trace_of(late, params, [params] * 2, state)[-1]
+    late = brx.binary_relax(SGD, BINARY, 1.0, hard_from=2**31 - 1)
+    traces = traces_of({"never": optimizer, "late": late}, params, [params] * 3, state)
+    assert [int(state.count) for _, state in traces["never"]] == [2**31 - 1] * 3
+    _, after = traces["late"][1]
     assert float(brx.strength(after)) == 1
 
 
@@ -323,26 +345,31 @@ def test_a_small_quadratic_ends_at_its_best_binary_point(seed, on_the_set):
 
     points = map(best_with, itertools.product([-1, 1], repeat=4))
     best = min(points, key=lambda w: (w - target) @ matrix @ (w - target))
+    params = descended(normal(seed, 4, 1), matrix.astype("float32"), target.astype("float32"))
+    rtol = 1e-2 if on_the_set else 0.1
+    np.testing.assert_allclose(params["kernel"][:, 0], best, rtol=rtol)
+
+
+@jax.jit
+def descended(kernel, matrix, target):
+    """Params after training on a quadratic."""
     optimizer = brx.binary_relax(
         optax.sgd(optax.piecewise_constant_schedule(0.1, {150: 0.1})),
         BINARY,
         brx.geometric_continuation(1.0, 1.04),
         hard_from=150,
     )
-    params = {"kernel": normal(seed, 4, 1)}
 
     def body(carry, _):
         params, state = carry
-        grads = {"kernel": jnp.asarray(matrix, "float32") @ (params["kernel"] - target[:, None])}
+        grads = {"kernel": matrix @ (params["kernel"] - target[:, None])}
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(body, (params, optimizer.init(params)), length=250)
-    rtol = 1e-2 if on_the_set else 0.1
-    np.testing.assert_allclose(params["kernel"][:, 0], best, rtol=rtol)
+    params = {"kernel": kernel}
+    return jax.lax.scan(body, (params, optimizer.init(params)), length=250)[0][0]
 
 
-SGD = optax.sgd(0.1)
 KERNEL = {"layer": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
 REFUSED = {
     "negative lam": (lambda: brx.binary_relax(SGD, BINARY, -1.0), r"lam must be nonneg.*got -1\.0"),

@@ -10,7 +10,16 @@ import optax
 import pytest
 
 import brelax_jax as brx
-from tests.helpers.training import QUANTIZED, RULES, make_params, normal, relaxing, steps, trace_of
+from tests.helpers.training import (
+    QUANTIZED,
+    RULES,
+    make_params,
+    normal,
+    relaxing,
+    steps,
+    trace_of,
+    traces_of,
+)
 
 BINARY = brx.Binary()
 
@@ -42,21 +51,38 @@ WRAPPERS = {
 }
 
 
+GUARDS = {
+    "apply_if_finite": WRAPPERS["apply_if_finite"],
+    "MultiSteps that skips": lambda tx: optax.MultiSteps(
+        tx, 1, should_skip_update_fn=optax.skip_not_finite
+    ),
+}
+WRAPPED = {name: wrap(relaxing()) for name, wrap in (WRAPPERS | GUARDS).items()}
+START = make_params()
+GOOD = [jax.tree.map(lambda p, t=t: jnp.cos(p + t), START) for t in range(20)]
+BAD = jax.tree.map(lambda g: g.at[0].set(jnp.nan) if g.dtype == jnp.bfloat16 else g, GOOD[0])
+
+
+@functools.cache
+def wrapped(bad_step=None):
+    """The traces of all wrappers, with a NaN batch at one step or none."""
+    grads = GOOD if bad_step is None else [*GOOD[:bad_step], BAD, *GOOD[bad_step:]]
+    return traces_of(WRAPPED, START, grads)
+
+
 def kernels(params):
     return {name: layer["kernel"] for name, layer in params.items()}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_accessors_find_the_state_inside(wrapper):
-    optimizer = WRAPPERS[wrapper](relaxing())
-    start = make_params()
-    params, state = steps(optimizer, start, 0)
+    state = WRAPPED[wrapper].init(START)
     assert float(brx.strength(state)) == 0
     chex.assert_trees_all_equal(
-        kernels(brx.float_params(state, params)),
-        jax.tree.map(lambda p: p.astype("float32") if p.dtype == "bfloat16" else p, kernels(start)),
+        kernels(brx.float_params(state, START)),
+        jax.tree.map(lambda p: p.astype("float32") if p.dtype == "bfloat16" else p, kernels(START)),
     )
-    params, state = steps(optimizer, params, 20, state)
+    params, state = wrapped()[wrapper][-1]
     assert float(brx.strength(state)) == 1
     quantized, floats = brx.quantized_params(state, params), brx.float_params(state, params)
     chex.assert_trees_all_equal(quantized, params)
@@ -104,10 +130,7 @@ NEUTRAL = {
     "partition": lambda tx: optax.partition({"ours": tx, "none": optax.sgd(1.0)}, "ours"),
     "multi_transform": lambda tx: optax.multi_transform({0: tx}, dict.fromkeys(HARD, 0)),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
-    "MultiSteps that skips": lambda tx: optax.MultiSteps(
-        tx, 1, should_skip_update_fn=optax.skip_not_finite
-    ),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    **GUARDS,
     "inject_hyperparams": lambda tx: optax.inject_hyperparams(brx.binary_relax)(
         POLYAK, CHANNELS, lam=1.0, hard_from=8
     ),
@@ -115,13 +138,16 @@ NEUTRAL = {
 
 
 @functools.cache
-def unwrapped():
-    return trace_of(brx.binary_relax(POLYAK, CHANNELS, 1.0, 8), HARD, GRADIENTS, value=2.0)
+def neutral():
+    """The traces of all of these wrappers, and of none."""
+    ours = brx.binary_relax(POLYAK, CHANNELS, 1.0, 8)
+    optimizers = {name: wrap(ours) for name, wrap in NEUTRAL.items()}
+    return traces_of({"none": ours, **optimizers}, HARD, GRADIENTS, value=2.0)
 
 
 def test_zeros_nan_and_no_weights_unwrapped():
     """What the next test compares with: NaN stays in its channel, zeros stay, no weight is none."""
-    params, state = unwrapped()[-1]
+    params, state = neutral()["none"][-1]
     chex.assert_trees_all_equal(params, brx.quantized_params(state, params))
     for name in ("kernel", "half"):
         assert [len(np.unique(column)) for column in np.abs(params[name]).T] == [1, 1, 1]
@@ -134,9 +160,8 @@ def test_zeros_nan_and_no_weights_unwrapped():
 @pytest.mark.parametrize("wrapper", NEUTRAL)
 def test_a_wrapper_that_does_nothing_changes_nothing(wrapper):
     """And it hands the extra argument on, without which there is no step."""
-    optimizer = NEUTRAL[wrapper](brx.binary_relax(POLYAK, CHANNELS, 1.0, 8))
-    trace = trace_of(optimizer, HARD, GRADIENTS, value=2.0)
-    for (params, state), (wanted, reference) in zip(trace, unwrapped(), strict=True):
+    traces = neutral()
+    for (params, state), (wanted, reference) in zip(traces[wrapper], traces["none"], strict=True):
         assert_close(params, wanted)
         assert float(brx.strength(state)) == float(brx.strength(reference))
     assert_close(brx.float_params(state, params), brx.float_params(reference, wanted))
@@ -193,27 +218,17 @@ def test_multi_steps_relaxes_once_a_full_step():
     assert len(np.unique(before["kernel"])) == 2
 
 
-GUARDS = {
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "MultiSteps that skips": NEUTRAL["MultiSteps that skips"],
-}
-
-
 @pytest.mark.parametrize("bad_step", [3, 10], ids="step {}".format)
 @pytest.mark.parametrize("guard", GUARDS)
 def test_a_nan_batch_leaves_everything_as_it_was(guard, bad_step):
     """Params, float weights, scales, the base's momentum and the count, in both phases."""
-    optimizer = GUARDS[guard](relaxing())
-    start = make_params()
-    good = [jax.tree.map(lambda p, t=t: jnp.cos(p + t), start) for t in range(12)]
-    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan) if g.dtype == jnp.bfloat16 else g, good[0])
-    trace = trace_of(optimizer, start, [*good[:bad_step], bad, *good[bad_step:]])
+    trace = wrapped(bad_step)[guard]
     (before, state), (params, after) = trace[bad_step - 1 : bad_step + 1]
     chex.assert_trees_all_equal(params, before)
     chex.assert_trees_all_equal(inner(after), inner(state))
     assert int(inner(after).count) == bad_step
     # And so training goes on as if it had not been.
-    wanted, reference = trace_of(optimizer, start, good)[-1]
+    wanted, reference = wrapped()[guard][-1]
     chex.assert_trees_all_equal(trace[-1][0], wanted)
     chex.assert_trees_all_equal(inner(trace[-1][1]), inner(reference))
 
@@ -286,6 +301,7 @@ def pull(params, _=0):
     return jax.tree.map(lambda w: jnp.tanh(w - TARGET), params)
 
 
+@functools.cache
 def sharp(opaque):
     """SAM around ours, with gradients by `pull`, which its steps take themselves."""
     sam = optax.contrib.sam(relaxing(rules=BINARY), ASCENT, opaque_mode=opaque)
@@ -354,12 +370,19 @@ OUTSIDE = {
 }
 
 
+@functools.cache
+def outside():
+    """Params and state of each after some updates."""
+    optimizers = {name: wrap(relaxing(rules=BINARY)) for name, wrap in OUTSIDE.items()}
+    grads = [{"kernel": normal(t, 4, 4)} for t in range(12)]
+    traces = traces_of(optimizers, {"kernel": normal(0, 4, 4)}, grads)
+    return {name: trace[-1] for name, trace in traces.items()}
+
+
 @pytest.mark.parametrize("wrapper", OUTSIDE)
 def test_what_changes_our_updates_takes_the_params_off_the_set(wrapper):
     """Documented: none of these belongs outside; `quantized_params` is exact all the same."""
-    start = {"kernel": normal(0, 4, 4)}
-    grads = [{"kernel": normal(t, 4, 4)} for t in range(12)]
-    params, state = trace_of(OUTSIDE[wrapper](relaxing(rules=BINARY)), start, grads)[-1]
+    params, state = outside()[wrapper]
     assert len(np.unique(params["kernel"])) > 8
     assert len(np.unique(brx.quantized_params(state, params)["kernel"])) == 2
 
