@@ -2,33 +2,34 @@
 
 import collections
 import dataclasses
+import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brelax_jax._tree import is_absent, leaves_with_paths, map_with_path
+from brelax_jax._arguments import is_function
+from brelax_jax._set_tree import check_structure, entries_of, nearest
+from brelax_jax._tree import leaves_with_paths, map_with_path
 from brelax_jax.sets import QuantizedSet, groups_of
 
 NOT_KERNELS = ("bias", "scale", "embedding")
 
-TAKEN = (
-    "qset must be a set such as Ternary(), the rules of select(…), a tree of sets and None like "
-    "the params, or a function from params to one"
-)
-
-Key = str | Callable[[str, Any], bool]
-Rule = tuple[Key, QuantizedSet | None]
-Entries = tuple[tuple[str, QuantizedSet | None], ...]
+Key: TypeAlias = str | re.Pattern[str] | Callable[[str, Any], bool]
+Rule: TypeAlias = tuple[Key, QuantizedSet | None]
+Entries: TypeAlias = tuple[tuple[str, QuantizedSet | None], ...]
+Sets: TypeAlias = Any  # a set, a Selection, a tree of sets and None, or a function to such a tree
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Says which leaves are quantized on which sets; made by `select`, or from a tree of sets.
+    """Says which leaves are quantized on which sets; made by `select`, or from a tree of sets. A
+    pytree without leaves.
 
     Attributes:
       rules: pairs of a key and a set or None. The first key that fits a leaf decides.
@@ -59,10 +60,15 @@ class Selection:
         for path, count in collections.Counter(path for path, _ in leaves).items():
             if count > 1:
                 raise ValueError(f"{count} leaves of params have the path {path!r}; rename one.")
-        found = self._by_rules(leaves) if self.tree is None else self._by_tree(leaves, params)
+        entries = self._entries(params)
+        if entries is not None:
+            check_structure(entries, params)
+        elif leaves:
+            _check_patterns(self.rules, leaves)
+        found = self._chosen(entries, leaves)
         for path, leaf in leaves:
             if path in found:
-                _check_fit(path, leaf, found[path])
+                _check_quantizable(path, leaf, found[path])
         return found
 
     def mask(self, params: Any) -> Any:
@@ -83,50 +89,45 @@ class Selection:
         found = self.assign(params)
         return map_with_path(lambda path, _: path in found, params)
 
-    def _by_rules(self, leaves: Sequence[tuple[str, Any]]) -> dict[str, QuantizedSet]:
-        for key, _ in self.rules:
-            if not isinstance(key, str) or not leaves:
-                continue
-            if not any(re.search(key, path) for path, _ in leaves):
-                raise ValueError(
-                    f"The pattern {key!r} matches no leaf. Patterns are regular expressions, "
-                    f"searched in these paths: {_listed(leaves)}."
-                )
-        chosen = {path: self._by_rule(path, leaf) for path, leaf in leaves}
-        return {path: qset for path, qset in chosen.items() if qset is not None}
+    def choose(self, params: Any) -> dict[str, QuantizedSet]:
+        """As `assign`, without a check of whether the selection and the params go together."""
+        return self._chosen(self._entries(params), leaves_with_paths(params))
 
-    def _by_rule(self, path: str, leaf: Any) -> QuantizedSet | None:
-        for key, qset in self.rules:
-            if _fits(key, path, leaf):
-                return _unless_empty(qset, leaf)
-        return self.default if is_kernel(path, leaf) else None
+    @property
+    def has_functions(self) -> bool:
+        """Whether a function of a user decides something."""
+        return callable(self.tree) or any(callable(key) for key, _ in self.rules)
 
-    def _by_tree(self, leaves: Sequence[tuple[str, Any]], params: Any) -> dict[str, QuantizedSet]:
-        if not leaves:  # Optax makes such placeholders
+    def _entries(self, params: Any) -> Mapping[str, QuantizedSet | None] | None:
+        """The tree's entries for these params; None where there are rules."""
+        if not callable(self.tree):
+            return None if self.tree is None else dict(self.tree)
+        if not jax.tree.leaves(params):  # Optax makes such placeholders
             return {}
-        entries = dict(entries_of(self.tree(params)) if callable(self.tree) else self.tree or ())
-        places = leaves_with_paths(params, is_absent)
-        present = {above for place, _ in places for above in _above(place)}
-        absent = {place for place, leaf in places if is_absent(leaf)}
-        for path, qset in entries.items():
-            if path not in present and absent.isdisjoint(_above(path)):
-                raise ValueError(
-                    f"The tree of sets has {qset} at {path!r}, where params have nothing. Give it "
-                    f"the structure of the params, whose leaves are {_listed(leaves)}."
-                )
+        tree = self.tree(jax.tree.map(_shape_of, params))
+        kinds = f"{self.tree!r} must return a tree of sets"
+        if isinstance(tree, Selection):
+            raise ValueError(f"{kinds} and None like the params, got {tree!r}.")
+        return dict(entries_of(tree, kinds))
+
+    def _chosen(
+        self,
+        entries: Mapping[str, QuantizedSet | None] | None,
+        leaves: Sequence[tuple[str, Any]],
+    ) -> dict[str, QuantizedSet]:
         found: dict[str, QuantizedSet] = {}
         for path, leaf in leaves:
-            above = next((place for place in _above(path) if place in entries), None)
-            if above is None:
-                raise ValueError(
-                    f"The tree of sets has nothing for {path!r}, a leaf of the params. Give a set "
-                    "or None for each of them, as in jax.tree.map(lambda p: None, params)."
-                )
-            qset = entries[above]
-            chosen = _unless_empty(qset, leaf) if above == path or is_kernel(path, leaf) else None
-            if chosen is not None:
-                found[path] = chosen
+            by_rules = entries is None
+            qset = self._of_rules(path, leaf) if by_rules else _of_tree(entries, path, leaf)
+            if qset is not None and math.prod(jnp.shape(leaf)):
+                found[path] = qset
         return found
+
+    def _of_rules(self, path: str, leaf: Any) -> QuantizedSet | None:
+        for key, qset in self.rules:
+            if _matches(key, path, leaf):
+                return qset
+        return self.default if is_kernel(path, leaf) else None
 
 
 def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = None) -> Selection:
@@ -135,9 +136,10 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
     Args:
       *rules: pairs of a key and a set, or None for leaves that stay as they are. A key is a regular
         expression, which fits a leaf if `re.search` finds it in the leaf's path ('/'-joined, as in
-        'Conv_0/kernel'), or a function `(path, leaf) -> bool`, which may look at the leaf's shape
-        and dtype. The first key that fits decides. It decides for every leaf that it fits, biases
-        too. Or, alone: a function from params to a tree of sets and None.
+        'Conv_0/kernel'), or a function `(path, leaf) -> bool`, whose leaf is a
+        `jax.ShapeDtypeStruct`. The first key that fits decides. It decides for every leaf that it
+        fits, biases too. Or, alone: a function from params, as such structs, to a tree of sets and
+        None.
       default: the set of the *kernels* that no key fits: floating leaves of rank 2 or more whose
         last name is not bias, scale or embedding. None leaves them as they are.
 
@@ -158,13 +160,15 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
     ...     default=brx.Ternary(),
     ... )
     """
-    if len(rules) == 1 and _is_function(rules[0]):
-        if default is not None:
+    if len(rules) == 1 and _decides(rules[0]):
+        function = cast("Callable[[Any], Any]", rules[0])
+        if default is not None or not _takes(function, 1):
             raise ValueError(
-                f"default={default} goes with rules, but {rules[0]!r} gives every leaf its set: "
-                "leave default out."
+                f"{function!r} is given alone, without a default: then it must be a function from "
+                "params to a tree of sets. A rule by a function is a pair, as in "
+                "(lambda path, leaf: leaf.ndim == 4, Binary())."
             )
-        return Selection(tree=cast("Callable[[Any], Any]", rules[0]))
+        return Selection(tree=function)
     pairs = cast("tuple[Rule, ...]", rules)
     for rule in pairs:
         _check_rule(rule)
@@ -174,7 +178,7 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
     return Selection(pairs, default)
 
 
-def as_selection(qset: Any) -> Selection:
+def as_selection(qset: Sets) -> Selection:
     """What a transformation takes: one set, rules, or a tree of sets or a function to one.
 
     Raises:
@@ -184,25 +188,13 @@ def as_selection(qset: Any) -> Selection:
         return qset
     if isinstance(qset, QuantizedSet):
         return Selection(default=qset)
-    if _is_function(qset):
-        return Selection(tree=qset)
-    if not jax.tree.leaves(qset):
-        raise ValueError(f"{TAKEN}, got {qset!r}.")
-    return Selection(tree=entries_of(qset))
-
-
-def entries_of(tree: Any) -> Entries:
-    """The sets and None in a tree, by their paths.
-
-    Raises:
-      ValueError: if there is something else.
-    """
-    entries = leaves_with_paths(tree, lambda node: node is None)
-    for path, qset in entries:
-        if qset is not None and not isinstance(qset, QuantizedSet):
-            at = f" at {path!r} of a tree" if path else ""
-            raise ValueError(f"{TAKEN}, got {qset!r}{at}.")
-    return tuple(entries)
+    if _decides(qset):
+        return select(qset)
+    kinds = "qset must be a set such as Ternary(), the rules of select(…), or a tree of sets"
+    entries = entries_of(qset, kinds)
+    if qset is None or not entries:
+        raise ValueError(f"{kinds} and None like the params, got {qset!r}.")
+    return Selection(tree=entries)
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
@@ -215,55 +207,71 @@ def is_kernel(path: str, leaf: Any) -> bool:
     )
 
 
-def _is_function(value: Any) -> bool:
-    """Whether it is a function, not a class nor a module of arrays that can be called."""
-    if not callable(value) or isinstance(value, type):
+def _of_tree(
+    entries: Mapping[str, QuantizedSet | None], path: str, leaf: Any
+) -> QuantizedSet | None:
+    at = nearest(path, entries)
+    return None if at is None or (at != path and not is_kernel(path, leaf)) else entries[at]
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A leaf as users' functions see it: the same at `init`, in updates and under jit."""
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _decides(value: Any) -> bool:
+    """Whether it is a function to decide by, and not a module of sets that can be called."""
+    return is_function(value) and all(leaf is value for leaf in jax.tree.leaves(value))
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
         return False
-    leaves = jax.tree.leaves(value)
-    return len(leaves) == 1 and leaves[0] is value
+    except ValueError:  # it has no signature that Python knows
+        return True
+    return True
 
 
-def _fits(key: Key, path: str, leaf: Any) -> bool:
-    if isinstance(key, str):
+def _matches(key: Key, path: str, leaf: Any) -> bool:
+    if not callable(key):
         return re.search(key, path) is not None
-    answer = key(path, leaf)
+    answer = key(path, _shape_of(leaf))
     if not isinstance(answer, bool | np.bool_):
         raise ValueError(
             f"A rule's function must return True or False, but {key!r} returned {answer!r} for "
-            f"{path!r}. It may look at the leaf's shape and dtype, not at its values."
+            f"{path!r}: wrap it in bool(…)."
         )
     return bool(answer)
 
 
-def _unless_empty(qset: QuantizedSet | None, leaf: Any) -> QuantizedSet | None:
-    return qset if math.prod(jnp.shape(leaf)) else None
-
-
-def _above(path: str) -> list[str]:
-    """A path and those of the nodes that it lies in, up to the root's ''."""
-    parts = path.split("/")
-    return ["/".join(parts[:length]) for length in range(len(parts), 0, -1)] + [""] * bool(path)
-
-
-def _listed(leaves: Sequence[tuple[str, Any]]) -> str:
-    return ", ".join(path for path, _ in leaves)
+def _check_patterns(rules: Sequence[Rule], leaves: Sequence[tuple[str, Any]]) -> None:
+    for key, _ in rules:
+        if not callable(key) and not any(re.search(key, path) for path, _ in leaves):
+            raise ValueError(
+                f"The pattern {key!r} matches no leaf. Patterns are regular expressions, "
+                f"searched in these paths: {', '.join(path for path, _ in leaves)}."
+            )
 
 
 def _check_rule(rule: Any) -> None:
     is_pair = isinstance(rule, tuple) and len(cast("tuple[Any, ...]", rule)) == 2
-    if not (is_pair and (isinstance(rule[0], str) or _is_function(rule[0]))):
+    is_pattern = is_pair and isinstance(rule[0], str | re.Pattern)
+    if not (is_pattern or (is_pair and _decides(rule[0]) and _takes(rule[0], 2))):
         raise ValueError(
             "A rule is a pair of a pattern or a function (path, leaf) -> bool, and a set or None, "
             f"got {rule!r}."
         )
     try:
-        if isinstance(rule[0], str):
+        if is_pattern:
             re.compile(rule[0])
     except re.error as error:
         raise ValueError(f"The pattern {rule[0]!r} is not a regular expression: {error}.") from None
 
 
-def _check_fit(path: str, leaf: Any, qset: QuantizedSet) -> None:
+def _check_quantizable(path: str, leaf: Any, qset: QuantizedSet) -> None:
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         raise ValueError(
             f"{path!r} is of dtype {jnp.result_type(leaf)}, but is selected for {qset}. "

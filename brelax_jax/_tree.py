@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax import Array, lax

@@ -18,6 +18,7 @@ from brelax_jax.transforms._state import (
     fit_place,
     is_state,
     quantized_leaves,
+    sets_of,
 )
 
 Tree = TypeVar("Tree")
@@ -115,7 +116,7 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
 def _replaced(state: BinaryRelaxState, params: Any) -> BinaryRelaxState:
     """The state with the float weights of these params."""
     check_same_params(state, params)
-    given, sets = dict(leaves_with_paths(params)), state.sets.by_path(params)
+    given, sets = dict(leaves_with_paths(params)), sets_of(state, params)
     floats = {
         path: jnp.array(given[path], y.dtype, copy=True)
         for path, y in leaves_with_paths(state.float_params)

@@ -7,18 +7,23 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from brelax_jax._arguments import is_function
 from brelax_jax._proximal import ProximalMap
 from brelax_jax._schedules import Continuation
 
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
-def check_arguments(
-    base: Any, lam: Any, hard_from: Any, float_dtype: Any, proximal_map: Any
-) -> None:
-    """Raises a ValueError that names the argument which is not of its kind."""
+
+def check_base(base: Any) -> None:
+    """Raises a ValueError if it is no optimizer."""
     if not (hasattr(base, "init") and hasattr(base, "update")):
         raise ValueError(
             f"base must be an optax.GradientTransformation, such as optax.sgd(0.1), got {base!r}."
         )
+
+
+def check_options(lam: Any, hard_from: Any, float_dtype: Any, proximal_map: Any) -> None:
+    """Raises a ValueError that names the argument which is not of its kind."""
     if not isinstance(proximal_map, ProximalMap):
         raise ValueError(
             "proximal_map must be Relaxation(), PiecewiseAffine() or SoftThreshold(…), "
@@ -39,13 +44,17 @@ def check_given_once(plan: Continuation, hard_from: Any) -> None:
 
 
 def _check_lam(lam: Any) -> None:
-    if lam is None or isinstance(lam, str):
-        raise ValueError(f"lam must be a number or a schedule of the step count, got {lam!r}.")
-    if callable(lam) or isinstance(lam, jax.core.Tracer):
+    if isinstance(lam, jax.core.Tracer) or is_function(lam):
         return
-    if np.ndim(lam) != 0:
-        raise ValueError(f"lam must be one number or a schedule of the step count, got {lam!r}.")
-    if not np.asarray(lam) >= 0:
+    try:
+        number = None if isinstance(lam, str) or np.ndim(lam) else float(lam)
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise ValueError(
+            f"lam must be one number, a schedule of the step count, or a Continuation, got {lam!r}."
+        )
+    if not number >= 0:
         raise ValueError(
             f"lam must be nonnegative (0 is float training, inf the exact projection), got {lam!r}."
         )
@@ -64,12 +73,11 @@ def _check_hard_from(hard_from: Any) -> None:
 
 def _check_float_dtype(float_dtype: Any) -> None:
     try:
-        known = None if float_dtype is None else jnp.dtype(float_dtype)
+        name = None if float_dtype is None else jnp.dtype(float_dtype).name
     except TypeError:
-        known = None
-    real = known is not None and jnp.issubdtype(known, jnp.floating)
-    if not real or jnp.finfo(known).bits < 16:
+        name = None
+    if name not in FLOAT_DTYPES:
         raise ValueError(
-            "float_dtype must be a real floating dtype of at least 16 bits, such as 'float32', "
+            f"float_dtype must be a real floating dtype, one of {', '.join(FLOAT_DTYPES)}, "
             f"got {float_dtype!r}."
         )

@@ -66,8 +66,8 @@ def fit_leaves(
     """
 
     def fit(path: str, leaf: tuple[Array, Fit | None]) -> Fit:
-        y, last = leaf
-        return round_fit(sets[path].fit(y, last), sets[path], jnp.result_type(params[path]))
+        qset, (y, before) = sets[path], leaf
+        return round_fit(qset.fit(y, before), qset, jnp.result_type(params[path]))
 
     leaves = {path: (floats[path], last[path] if last else None) for path in sets}
     searched = {path: leaf for path, leaf in leaves.items() if len(sets[path].magnitudes) > 1}

@@ -8,7 +8,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax._proximal import PiecewiseAffine, ProximalMap
-from brelax_jax.transforms._relax import RELAXATION, Lam, Sets, binary_relax
+from brelax_jax._select import Sets
+from brelax_jax.transforms._relax import RELAXATION, Lam, binary_relax
 
 
 def relax_params(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.core
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from brelax_jax._envelope import strength_of
 from brelax_jax._proximal import ProximalMap, Relaxation
 from brelax_jax._schedules import Continuation
-from brelax_jax._select import Selection, as_selection
+from brelax_jax._select import Selection, Sets, as_selection
 from brelax_jax._tree import (
     compute_after,
     leaves_with_paths,
@@ -25,7 +25,7 @@ from brelax_jax._tree import (
     with_leaves,
 )
 from brelax_jax.sets import Fit, QuantizedSet
-from brelax_jax.transforms._checks import check_arguments, check_given_once
+from brelax_jax.transforms._checks import check_base, check_given_once, check_options
 from brelax_jax.transforms._grid import LANDING, LEAD
 from brelax_jax.transforms._leaf import Step, codes_of, fit_leaves, update_leaf
 from brelax_jax.transforms._state import (
@@ -34,12 +34,12 @@ from brelax_jax.transforms._state import (
     check_same_params,
     check_same_sets,
     fits_by_path,
+    sets_of,
 )
 
 RELAXATION = Relaxation()
 LAST_COUNT = np.iinfo(np.int32).max  # the count stops there
-Sets = QuantizedSet | Selection | Any  # or a tree of sets and None, or a function to one
-Lam = ArrayLike | Callable[[ArrayLike], ArrayLike] | Continuation
+Lam: TypeAlias = ArrayLike | Callable[[ArrayLike], ArrayLike] | Continuation
 
 
 def binary_relax(
@@ -72,8 +72,9 @@ def binary_relax(
       base: the optimizer. It sees the float weights as its `params`, and gradients in their dtype.
       qset: one set for all kernels (floating leaves of rank 2 or more whose last name is not bias,
         scale or embedding), the rules of `select`, or, as `optax.partition` takes labels, a tree of
-        sets and None like the params, or a function from params to one. There a set in the place of
-        a leaf is for that leaf, and in the place of a subtree for the kernels in it.
+        sets and None like the params, or a function from params to one (inside
+        `inject_hyperparams`, which takes functions for schedules: `select(function)`). There a set
+        in the place of a leaf is for that leaf, and in the place of a subtree for its kernels.
       lam: λ ≥ 0, or a schedule from the step count (0 at the first update) to λ. 0 is float
         training, ∞ phase II. What a schedule gives below 0 counts as 0. Or a `Continuation`, which
         sets `hard_from` too.
@@ -117,14 +118,14 @@ def binary_relax(
     if isinstance(lam, Continuation):
         check_given_once(lam, hard_from)
         lam, hard_from = lam
-    check_arguments(base, lam, hard_from, float_dtype, proximal_map)
+    check_base(base)
+    selection = as_selection(qset)
+    check_options(lam, hard_from, float_dtype, proximal_map)
     if not isinstance(hard_from, jax.core.Tracer | None) and np.asarray(hard_from) > LAST_COUNT:
         hard_from = None
     base = optax.with_extra_args_support(base)
     register_with_flax(Assignment)
-    settings = _Settings(
-        base, as_selection(qset), lam, hard_from, float_dtype, track_flips, proximal_map
-    )
+    settings = _Settings(base, selection, lam, hard_from, float_dtype, track_flips, proximal_map)
     return optax.GradientTransformationExtraArgs(
         cast(optax.TransformInitFn, partial(_init, settings)),
         cast(optax.TransformUpdateExtraArgsFn, partial(_update, settings)),
@@ -157,18 +158,18 @@ def _init(settings: _Settings, params: Any) -> BinaryRelaxState:
     if settings.track_flips:
         codes = {path: codes_of(sets[path], floats[path], fits[path]) for path in sets}
 
-    def only(leaves: dict[str, Any]) -> Any:
+    def masked_but(leaves: dict[str, Any]) -> Any:
         return map_with_path(lambda path, _: leaves.get(path, optax.MaskedNode()), params)
 
     return BinaryRelaxState(
         base_state=settings.base.init(with_leaves(params, floats)),
-        float_params=only(floats),
-        fits=only(fits),
-        codes=only(codes),
+        float_params=masked_but(floats),
+        fits=masked_but(fits),
+        codes=masked_but(codes),
         count=jnp.zeros((), jnp.int32),
         lam=jnp.zeros((), jnp.float32),
         updates_on_grid=jnp.zeros((), jnp.int32),
-        sets=Assignment(tuple(sets.items()) if given else settings.selection),
+        sets=Assignment(settings.selection, tuple(sets.items()) if given else None),
     )
 
 
@@ -181,8 +182,8 @@ def _update(
             "call update(grads, state, params)."
         )
     check_same_params(state, params)
-    check_same_sets(state, params, settings.selection)
-    sets, given = state.sets.by_path(params), dict(leaves_with_paths(params))
+    sets, given = sets_of(state, params), dict(leaves_with_paths(params))
+    check_same_sets(sets, params, settings.selection)
     before, last = dict(leaves_with_paths(state.float_params)), fits_by_path(state)
     codes, are_read = _last_codes(state, sets, before, last)
     grads = map_quantized(lambda g, y: g.astype(y.dtype), updates, state.float_params)
@@ -202,18 +203,18 @@ def _update(
         for path, qset in sets.items()
     }
 
-    def each(tree: Any, field: str) -> Any:
+    def with_updated(tree: Any, field: str) -> Any:
         return with_leaves(tree, {path: getattr(leaf, field) for path, leaf in leaves.items()})
 
-    return each(base_updates, "update"), BinaryRelaxState(
+    return with_updated(base_updates, "update"), BinaryRelaxState(
         base_state=base_state,
-        float_params=each(state.float_params, "y"),
-        fits=each(state.float_params, "fit"),
+        float_params=with_updated(state.float_params, "y"),
+        fits=with_updated(state.float_params, "fit"),
         codes=with_leaves(state.codes, codes),
         count=jnp.asarray(optax.safe_increment(state.count)),
         lam=lam,
         updates_on_grid=jnp.where(step.exact, jnp.minimum(state.updates_on_grid + 1, LANDING), 0),
-        sets=Assignment(tuple(sets.items())),
+        sets=Assignment(settings.selection, tuple(sets.items())),
     )
 
 

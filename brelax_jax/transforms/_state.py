@@ -17,32 +17,37 @@ from brelax_jax.sets import Fit, QuantizedSet
 class Assignment:
     """What a selection gave to the leaves of some params. A pytree without leaves.
 
+    Two are equal if they gave the same sets to the same leaves, whatever functions decided it.
+
     Attributes:
-      source: the path and the set of each quantized leaf; or, for params without leaves, the
-        selection. Optax takes the state of such params for a pattern of any other, so they equal
-        every assignment.
+      selection: what decided. It goes into a pickle only if it has no functions.
+      pairs: the path and the set of each quantized leaf; None for params without leaves. Optax
+        takes the state of such params for the pattern of any other of the same selection.
     """
 
-    source: tuple[tuple[str, QuantizedSet], ...] | Selection
+    selection: Selection | None
+    pairs: tuple[tuple[str, QuantizedSet], ...] | None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Assignment):
             return NotImplemented
-        sources = self.source, other.source
-        return any(isinstance(s, Selection) for s in sources) or self.source == other.source
+        if self.pairs is None or other.pairs is None:
+            return self.selection == other.selection
+        return self.pairs == other.pairs
 
     def __hash__(self) -> int:
         return hash(Assignment)
 
-    def by_path(self, params: Any) -> dict[str, QuantizedSet]:
-        """The sets by the paths of their leaves."""
-        if isinstance(self.source, Selection):
-            return self.source.assign(params)
-        return dict(self.source)
+    def __reduce__(self) -> tuple[Any, ...]:
+        has_functions = self.selection is not None and self.selection.has_functions
+        return Assignment, (None if has_functions else self.selection, self.pairs)
+
+    def __deepcopy__(self, memo: Any) -> "Assignment":
+        return self
 
 
 class BinaryRelaxState(NamedTuple):
-    """State of `binary_relax`, `relax_params` and `binary_connect`.
+    """State of `binary_relax`, and so of `relax_params`, `binary_connect` and `parq`.
 
     Attributes:
       base_state: the state of the base optimizer.
@@ -82,17 +87,37 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
 REMEDY = "Make the state with `init` from these params, or pass the params that it was made from."
 
 
-def check_same_sets(state: BinaryRelaxState, params: Any, selection: Selection) -> None:
-    """Raises a ValueError, naming the leaf, if the selection gives others than the state's sets."""
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        return  # a selection may go by shapes, and these are of one device's parts
-    known, wanted = state.sets.by_path(params), selection.assign(params)
-    for path in {**wanted, **known}:
-        if wanted.get(path) != known.get(path):
+def sets_of(state: BinaryRelaxState, params: Any) -> dict[str, QuantizedSet]:
+    """The set of each leaf for which the state has float weights, by its path.
+
+    Raises:
+      ValueError: if the state was made without params, as Optax's `map_params` does it, and its
+        selection gives no set to one of these leaves.
+    """
+    if state.sets.pairs is not None:
+        return dict(state.sets.pairs)
+    paths = [path for path, _ in leaves_with_paths(state.float_params)]
+    chosen = state.sets.selection.choose(params) if paths and state.sets.selection else {}
+    if lost := [path for path in paths if path not in chosen]:
+        raise ValueError(
+            f"The state has float weights for {lost[0]!r}, but its rules select it no more. "
+            "Outside of shard_map, make the state with `init` and update it once."
+        )
+    return {path: chosen[path] for path in paths}
+
+
+def check_same_sets(sets: dict[str, QuantizedSet], params: Any, selection: Selection) -> None:
+    """Raises a ValueError, naming the leaf, if a selection gives others than these sets."""
+    if selection.has_functions and jax.sharding.get_abstract_mesh().manual_axes:
+        return  # functions may go by shapes, and these are of one device's parts
+    wanted = selection.choose(params)
+    for path in {**wanted, **sets}:
+        if wanted.get(path) != sets.get(path):
             raise ValueError(
-                f"{path!r} was selected for {known.get(path)} when the state was made, but is for "
+                f"{path!r} was selected for {sets.get(path)} when the state was made, but is for "
                 f"{wanted.get(path)} now. Make a state with `init` of the optimizer that has these "
-                "sets, or pass the one that made this state."
+                "sets, or pass the one that made this state. A function that selects must always "
+                "give the same answer."
             )
 
 
@@ -149,7 +174,7 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
     found: dict[str, QuantizedLeaf] = {}
     for state in find_states(opt_state):
         check_owned(state, params)
-        sets, fits = state.sets.by_path(params), fits_by_path(state)
+        sets, fits = sets_of(state, params), fits_by_path(state)
         codes = dict(leaves_with_paths(state.codes))
         for path, y in leaves_with_paths(state.float_params):
             found[path] = QuantizedLeaf(state, sets[path], y, fits[path], codes.get(path))

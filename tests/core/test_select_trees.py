@@ -1,6 +1,9 @@
 """Selections by functions and by trees of sets, and what a selection says of params."""
 
+import copy
 import dataclasses
+import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ CHOSEN = {"conv/bias": TERNARY, "conv/kernel": BINARY, "head/kernel": FOUR_BITS}
 def assigned(qset, params=PARAMS):
     """What a transformation quantizes, by its state."""
     state = jax.eval_shape(brx.binary_connect(optax.sgd(0.1), qset).init, params)
-    return state.sets.by_path(params)
+    return dict(state.sets.pairs or ())
 
 
 def large(path, leaf):
@@ -63,14 +66,26 @@ def test_a_function_that_fits_no_leaf_is_no_mistake():
 @pytest.mark.parametrize("answer", [None, "yes", 1, jnp.array(True), BINARY], ids=repr)
 def test_a_function_that_returns_something_else_is_refused(answer):
     rules = brx.select((lambda path, leaf: answer, BINARY))
-    with pytest.raises(ValueError, match=r"must return True or False.*'conv/bias'.*shape and dtyp"):
+    with pytest.raises(ValueError, match=r"must return True or False.*'conv/bias'.*in bool"):
         rules.assign(PARAMS)
 
 
-def test_a_key_that_looks_at_values_is_refused_under_jit():
-    rules = brx.select((lambda path, leaf: jnp.all(leaf > 0), BINARY))
-    with pytest.raises(ValueError, match=r"'conv/bias'.*not at its values"):
-        jax.jit(brx.binary_connect(optax.sgd(0.1), rules).init)(PARAMS)
+def test_functions_see_shapes_and_not_values_which_change():
+    seen = []
+
+    def key(path, leaf):
+        seen.append(leaf)
+        return True
+
+    def tree(params):
+        seen.extend(jax.tree.leaves(params))
+        return jax.tree.map(lambda _: BINARY, params)
+
+    for rules in (brx.select((key, BINARY)), brx.select(tree)):
+        assert len(rules.assign(PARAMS)) == len(rules.assign(jax.eval_shape(lambda: PARAMS))) == 5
+    assert {type(leaf) for leaf in seen} == {jax.ShapeDtypeStruct}
+    with pytest.raises(TypeError, match="ShapeDtypeStruct"):
+        brx.select((lambda path, leaf: float(jnp.mean(leaf)) > 0, BINARY)).assign(PARAMS)
 
 
 # Trees of sets
@@ -80,6 +95,16 @@ def test_a_tree_of_sets_takes_the_place_of_rules():
     assert assigned(TREE) == CHOSEN
     assert assigned(lambda params: TREE) == CHOSEN
     assert assigned(brx.select(lambda params: TREE)) == CHOSEN
+
+
+def test_a_tree_may_select_nothing():
+    nothing = {"conv": None, "head": None}
+    assert assigned(nothing) == assigned(lambda params: nothing) == {}
+
+
+def test_none_stands_for_what_has_no_leaves_too():
+    params = [PARAMS["head"], (), {}, None]
+    assert assigned([BINARY, None, None, None], params) == {"0/kernel": BINARY}
 
 
 def test_a_set_in_the_place_of_a_subtree_is_for_its_kernels():
@@ -138,7 +163,7 @@ def test_inside_inject_hyperparams(qset):
     make = optax.inject_hyperparams(brx.binary_relax)
     optimizer = make(optax.sgd(0.1), qset, brx.continuation(8))
     state = jax.eval_shape(optimizer.init, PARAMS)
-    assert state.inner_state.sets.by_path(PARAMS) == CHOSEN
+    assert dict(state.inner_state.sets.pairs) == CHOSEN
     _, after = jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
@@ -156,9 +181,9 @@ REFUSED = {
     "a name": ({**TREE, "conv": "binary"}, r"sets and None.*got 'binary' at 'conv'"),
     "a class": ({**TREE, "conv": brx.Binary}, r"got <class.*Binary'> at 'conv'"),
     "a mask": (jax.tree.map(lambda p: p.ndim > 1, PARAMS), r"got False at 'conv/bias'"),
-    "a function to a text": (lambda params: "binary", r"function from params.*got 'binary'"),
-    "a function to arrays": (lambda params: params, r"got .*at 'conv/bias'"),
-    "a function to rules": (lambda params: brx.select(default=BINARY), r"got Selection"),
+    "a function to a text": (lambda params: "binary", r"must return a tree.*got 'binary'"),
+    "a function to arrays": (lambda params: params, r"must return a tree.*at 'conv/bias'"),
+    "a function to rules": (lambda params: brx.select(default=BINARY), r"must return.*Selection"),
 }
 
 
@@ -180,9 +205,21 @@ def test_a_set_for_a_leaf_that_is_not_floating_is_refused():
         brx.select(lambda params: {"a": block}).assign({"a": jnp.ones((2, 3))})
 
 
-def test_a_function_and_a_default_exclude_one_another():
-    with pytest.raises(ValueError, match=r"default=Binary.*leave default out"):
-        brx.select(lambda params: TREE, default=BINARY)
+def test_a_function_alone_is_of_params_and_takes_no_default():
+    for make in (
+        lambda: brx.select(lambda params: TREE, default=BINARY),
+        lambda: brx.select(large),
+        lambda: brx.binary_connect(optax.sgd(0.1), large),
+    ):
+        with pytest.raises(ValueError, match=r"given alone.*A rule by a function is a pair"):
+            make()
+    with pytest.raises(ValueError, match=r"A rule is a pair.*\(path, leaf\)"):
+        brx.select((lambda path: True, BINARY))
+
+
+def test_a_compiled_pattern_is_a_pattern():
+    rules = brx.select((re.compile("HEAD/K", re.IGNORECASE), BINARY))
+    assert rules.assign(PARAMS) == {"head/kernel": BINARY}
 
 
 # What a selection says
@@ -280,4 +317,47 @@ def test_a_state_whose_params_optax_has_mapped_can_be_read_and_updated():
     assert brx.quantized_params(mapped, PARAMS)["conv"]["kernel"].shape == (3, 3, 2, 4)
     _, after = optimizer.update(PARAMS, mapped, PARAMS)
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert after.sets.by_path(PARAMS) == {"conv/kernel": BINARY}
+    assert dict(after.sets.pairs) == {"conv/kernel": BINARY}
+
+
+def test_states_that_optax_has_mapped_are_not_taken_for_one_another():
+    params = {"kernel": jnp.array([[0.1, -1.0, 3.0, 2.0]])}
+    read = jax.jit(brx.quantized_params)
+    for qset in (BINARY, TERNARY):
+        optimizer = brx.binary_connect(optax.sgd(0.1), qset)
+        mapped = optax.tree.map_params(optimizer, lambda y: y, optimizer.init(params))
+        wanted = qset.project(params["kernel"])
+        np.testing.assert_allclose(read(mapped, params)["kernel"], wanted, rtol=1e-4)
+
+
+def test_a_mapped_state_whose_rules_see_other_shapes_is_refused():
+    """As in shard_map, where a function sees the shapes of one device's parts."""
+    optimizer = brx.binary_connect(optax.sgd(0.1), brx.select((large, BINARY)))
+    mapped = optax.tree.map_params(optimizer, lambda y: y[:1], optimizer.init({"a": jnp.ones(20)}))
+    with pytest.raises(ValueError, match=r"float weights for 'a'.*Outside of shard_map"):
+        brx.quantized_params(mapped, {"a": jnp.ones(1)})
+
+
+@pytest.mark.parametrize(
+    "qset", [BINARY, brx.select(("nothing", BINARY)), brx.Binary(granularity=brx.PerBlock(5))]
+)
+def test_a_part_without_leaves_quantizes_nothing(qset):
+    parts = {"quantized": brx.binary_connect(optax.sgd(0.1), qset), "float": optax.sgd(0.1)}
+    optimizer = optax.partition(parts, jax.tree.map(lambda _: "float", PARAMS))
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        assert brx.quantized_params(state, PARAMS) is not None
+        assert brx.metrics(brx.with_float_params(state, PARAMS), PARAMS) == {}
+        _, state = optimizer.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+def test_states_of_functions_can_be_copied_and_pickled(copied):
+    optimizer = brx.binary_connect(optax.sgd(0.1), brx.select((lambda path, leaf: True, BINARY)))
+    state = optimizer.init(PARAMS)
+    again = copied(state)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    optimizer.update(PARAMS, again, PARAMS)
+    with_patterns = brx.binary_connect(optax.sgd(0.1), brx.select(("kernel", BINARY)))
+    again = copied(with_patterns.init(PARAMS))
+    assert optax.tree.map_params(with_patterns, lambda y: y, again) is not None

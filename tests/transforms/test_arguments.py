@@ -5,6 +5,7 @@ import inspect
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -66,7 +67,17 @@ def test_real_floating_dtypes_are_taken(dtype):
 
 @pytest.mark.parametrize(
     "dtype",
-    ["int32", "complex64", bool, "float33", None, 3, "float8_e4m3fn", jnp.float8_e5m2],
+    [
+        "int32",
+        "complex64",
+        bool,
+        "float33",
+        None,
+        3,
+        "float8_e4m3fn",
+        jnp.float8_e5m2,
+        np.longdouble,
+    ],
 )
 def test_other_dtypes_are_refused_at_once(dtype):
     for make in (MADE["binary_relax"], MADE["relax_params"], MADE["parq"]):

@@ -394,6 +394,10 @@ REFUSED = {
     "a class": (lambda: brx.binary_relax(SGD, brx.Ternary, 1.0), r"qset .*Ternary\(\).*Ternary"),
     "bits": (lambda: brx.relax_params(2, 1.0), r"qset .*Ternary\(\).*got 2"),
     "rules without select": (lambda: brx.relax_params([("a", BINARY)], 1.0), r"qset .*select"),
+    "set and lam exchanged": (lambda: brx.relax_params(1.0, BINARY), r"qset .*got 1\.0"),
+    "lam a set": (lambda: brx.relax_params(BINARY, brx.Ternary()), r"lam must be.*Ternary"),
+    "lam complex": (lambda: brx.relax_params(BINARY, 1 + 0j), r"lam must be.*1\+0j"),
+    "lam a class": (lambda: brx.relax_params(BINARY, brx.Continuation), r"lam .*got <class"),
     "no set": (lambda: brx.relax_params(None, 1.0), r"qset .*None"),
 }
 
