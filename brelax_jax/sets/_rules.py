@@ -35,7 +35,7 @@ def least_squares_scale(
         a = (a * shift) / (unit * shift)
         if kept is not None:
             kept = kept._replace(scale=(kept.scale * shift) / (unit * shift))
-        best = branch_and_bound(a, magnitudes, group, kept).best.scale
+        best = branch_and_bound(a, magnitudes, group, kept).best[0]
         scale = unit * refitted(a, best, magnitudes, group)
         scale = jnp.where(peak > 0, scale, peak)  # 0, or NaN
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)

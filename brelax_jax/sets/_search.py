@@ -15,9 +15,9 @@ an evaluation later. It ends with a certificate: no scale anywhere has an error 
 found by more than `TOLERANCE`, relative, or by more than the tolerance of a scale that is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,7 @@ class Kept(NamedTuple):
     tolerance: float
 
 
-class Known(NamedTuple):
-    """Scales and the errors at them."""
-
-    scale: Array
-    error: Array
+Known: TypeAlias = Array  # scales, and below them along a first axis the errors at them
 
 
 class Problem(NamedTuple):
@@ -79,16 +75,16 @@ class Problem(NamedTuple):
     def known(self, scale: Array) -> Known:
         """A scale with its error, from one pass over the weights."""
         residual = _residual(self.a, scale, self.magnitudes)
-        return Known(scale, self.group.sum(jnp.square(residual)))
+        return jnp.stack([scale, self.group.sum(jnp.square(residual))])
 
     def search_below(self, best: Known) -> Array:
         """The error below which a scale is worth searching for."""
-        return (1 - self.tolerance) * best.error - FLOOR * self.energy
+        return (1 - self.tolerance) * best[1] - FLOOR * self.energy
 
     def replace_below(self, best: Known) -> Array:
         """The error below which another scale replaces the best one."""
-        is_kept = best.scale == self.kept.scale
-        return jnp.where(is_kept, self.search_below(best), best.error)
+        is_kept = best[0] == self.kept[0]
+        return jnp.where(is_kept, self.search_below(best), best[1])
 
 
 class Search(NamedTuple):
@@ -120,7 +116,7 @@ def branch_and_bound(
 
 def _problem(a: Array, magnitudes: Sequence[float], group: Group, kept: Kept | None) -> Problem:
     energy = group.sum(jnp.square(a))
-    none = Known(jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf))
+    none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
     problem = Problem(a, magnitudes, group, energy, none, TOLERANCE, ROUNDS)
     if kept is None:
         return problem
@@ -138,31 +134,31 @@ def _start(problem: Problem) -> Search:
     high = jnp.ones_like(low) / next(m for m in magnitudes if m > 0)
     steps = jnp.arange(INTERVALS + 1, dtype=a.dtype).reshape(-1, *([1] * a.ndim)) / INTERVALS
     nodes = lax.map(problem.known, jnp.exp(jnp.log(low) * (1 - steps) + jnp.log(high) * steps))
-    least = jnp.argmin(nodes.error, axis=0)[None]
-    best = _each(lambda x: jnp.take_along_axis(x, least, axis=0)[0], nodes)
-    far = best.error >= problem.search_below(problem.kept)
-    end = _each(lambda x: x[-1], nodes)
+    least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
+    best = jnp.take_along_axis(nodes, least, axis=0)[0]
+    far = best[1] >= problem.search_below(problem.kept)
+    end = nodes[-1:]
     return Search(
-        below=_each(lambda x: x[0], nodes),
-        ahead=_each(lambda x, end: jnp.stack([*x[1:], *[end] * (STACK - INTERVALS)]), nodes, end),
+        below=nodes[0],
+        ahead=jnp.concatenate([nodes[1:], *[end] * (STACK - INTERVALS)]),
         end=end,
-        best=_where(far, problem.kept, best),
+        best=jnp.where(far, problem.kept, best),
         rounds=jnp.zeros((), jnp.int32),
     )
 
 
 def _is_uncertain(problem: Problem, search: Search) -> Array:
-    return (search.rounds < problem.rounds) & jnp.any(search.below.scale < search.end.scale)
+    return (search.rounds < problem.rounds) & jnp.any(search.below[0] < search.end[0, 0])
 
 
 def _split(problem: Problem, search: Search) -> Search:
     """After evaluating a scale inside the first interval of each group."""
-    head = _each(lambda x: x[0], search.ahead)
-    middle = problem.known(_bound(search.below, head, problem.energy)[1])
-    better = middle.error < problem.replace_below(search.best)
+    scale = _bound(search.below, search.ahead[0], problem.energy)[1]
+    middle = problem.known(scale)
+    better = middle[1] < problem.replace_below(search.best)
     search = search._replace(
-        ahead=_each(lambda x, y: jnp.concatenate([x[None], y[:-1]]), middle, search.ahead),
-        best=_where(better, middle, search.best),
+        ahead=jnp.concatenate([middle[None], search.ahead[:-1]]),
+        best=jnp.where(better, middle, search.best),
         rounds=search.rounds + 1,
     )
     # A loop, so that the program holds it once: it compiles in two thirds of the time.
@@ -171,13 +167,13 @@ def _split(problem: Problem, search: Search) -> Search:
 
 def _advance(problem: Problem, search: Search) -> Search:
     """Past the first interval, in the groups where it holds nothing better."""
-    head = _each(lambda x: x[0], search.ahead)
+    head = search.ahead[0]
     bound = _bound(search.below, head, problem.energy)[0]
     passed = bound >= problem.search_below(search.best)
-    passed |= head.scale <= search.below.scale * (1 + 4 * jnp.finfo(problem.a.dtype).eps)
-    rest = _each(lambda x, end: jnp.concatenate([x[1:], end[None]]), search.ahead, search.end)
+    passed |= head[0] <= search.below[0] * (1 + 4 * jnp.finfo(problem.a.dtype).eps)
+    rest = jnp.concatenate([search.ahead[1:], search.end])
     return search._replace(
-        below=_where(passed, head, search.below), ahead=_where(passed, rest, search.ahead)
+        below=jnp.where(passed, head, search.below), ahead=jnp.where(passed, rest, search.ahead)
     )
 
 
@@ -207,14 +203,6 @@ def _bound(below: Known, above: Known, energy: Array) -> tuple[Array, Array]:
     t = jnp.clip(vertex, 0, 1)
     bound = jnp.minimum(jnp.minimum(e0, e1), e0 + t * (linear + t * square))
     return jnp.maximum(bound, 0), low + (high - low) * jnp.clip(t, 0.1, 0.9)
-
-
-def _each(function: Callable[..., Array], *known: Known) -> Known:
-    return Known(*map(function, *known))
-
-
-def _where(condition: Array, known: Known, other: Known) -> Known:
-    return _each(lambda x, y: jnp.where(condition, x, y), known, other)
 
 
 def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
