@@ -13,7 +13,8 @@ from brelax_jax.transforms._leaf import codes_of, fit_leaves, quantized_leaf
 from brelax_jax.transforms._state import (
     BinaryRelaxState,
     QuantizedLeaf,
-    check_same_params,
+    check_known,
+    check_owned,
     find_states,
     fit_place,
     is_state,
@@ -115,7 +116,8 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
 
 def _replaced(state: BinaryRelaxState, params: Any) -> BinaryRelaxState:
     """The state with the float weights of these params."""
-    check_same_params(state, params)
+    check_owned(state, params)
+    check_known(state, params)
     given, sets = dict(leaves_with_paths(params)), sets_of(state, params)
     floats = {
         path: jnp.array(given[path], y.dtype, copy=True)

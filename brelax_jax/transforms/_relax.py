@@ -31,7 +31,8 @@ from brelax_jax.transforms._leaf import Step, codes_of, fit_leaves, update_leaf
 from brelax_jax.transforms._state import (
     Assignment,
     BinaryRelaxState,
-    check_same_params,
+    check_known,
+    check_owned,
     check_same_sets,
     fits_by_path,
     sets_of,
@@ -181,9 +182,10 @@ def _update(
             "params is None, but this transformation needs the current ones: "
             "call update(grads, state, params)."
         )
-    check_same_params(state, params)
+    check_owned(state, params)
     sets, given = sets_of(state, params), dict(leaves_with_paths(params))
     check_same_sets(sets, params, settings.selection)
+    check_known(state, params)
     before, last = dict(leaves_with_paths(state.float_params)), fits_by_path(state)
     codes, are_read = _last_codes(state, sets, before, last)
     grads = map_quantized(lambda g, y: g.astype(y.dtype), updates, state.float_params)

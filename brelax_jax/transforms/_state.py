@@ -84,7 +84,7 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
     return states
 
 
-REMEDY = "Make the state with `init` from these params, or pass the params that it was made from."
+REMEDY = "Make the state with `init` from these params, or pass what it was made from."
 
 
 def sets_of(state: BinaryRelaxState, params: Any) -> dict[str, QuantizedSet]:
@@ -112,24 +112,25 @@ def check_same_sets(sets: dict[str, QuantizedSet], params: Any, selection: Selec
         return  # functions may go by shapes, and these are of one device's parts
     wanted = selection.choose(params)
     for path in {**wanted, **sets}:
-        if wanted.get(path) != sets.get(path):
+        if path not in sets:
             raise ValueError(
-                f"{path!r} was selected for {sets.get(path)} when the state was made, but is for "
+                f"{path!r} is to be quantized, but the state has no float weights for it. {REMEDY}"
+            )
+        if wanted.get(path) != sets[path]:
+            raise ValueError(
+                f"{path!r} was selected for {sets[path]} when the state was made, but is for "
                 f"{wanted.get(path)} now. Make a state with `init` of the optimizer that has these "
                 "sets, or pass the one that made this state. A function that selects must always "
                 "give the same answer."
             )
 
 
-def check_same_params(state: BinaryRelaxState, params: Any) -> None:
-    """Raises a ValueError, naming the leaf, if params are not those that the state was made for."""
-    check_owned(state, params)
+def check_known(state: BinaryRelaxState, params: Any) -> None:
+    """Raises a ValueError, naming the leaf, if params have one that the state was not made for."""
     known = {path for path, _ in leaves_with_paths(state.float_params, is_absent)}
     for path, _ in leaves_with_paths(params):
         if path not in known:
-            raise ValueError(
-                f"Params have a leaf {path!r}, which the state does not know. {REMEDY}"
-            )
+            raise ValueError(f"Params have {path!r}, which the state does not know. {REMEDY}")
 
 
 def check_owned(state: BinaryRelaxState, params: Any) -> None:

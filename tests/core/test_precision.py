@@ -46,12 +46,16 @@ def test_float64_params_keep_float64():
 
 SMALL = {
     "chain, phase I": lambda dtype: optax.chain(
-        optax.sgd(1e-4), brx.relax_params(BINARY, 1.0, None, dtype)
+        optax.sgd(1e-4), brx.relax_params(BINARY, 1.0, float_dtype=dtype)
     ),
-    "phase I": lambda dtype: brx.binary_relax(optax.sgd(1e-4), BINARY, 1.0, None, dtype),
-    "both phases": lambda dtype: brx.binary_relax(optax.sgd(1e-4), BINARY, 1.0, 500, dtype),
-    "binary_connect": lambda dtype: brx.binary_connect(optax.sgd(1e-4), BINARY, dtype),
-    "adam": lambda dtype: brx.binary_relax(optax.adam(1e-4, eps=1e-4), BINARY, 1.0, 500, dtype),
+    "phase I": lambda dtype: brx.binary_relax(optax.sgd(1e-4), BINARY, 1.0, float_dtype=dtype),
+    "both phases": lambda dtype: brx.binary_relax(
+        optax.sgd(1e-4), BINARY, 1.0, 500, float_dtype=dtype
+    ),
+    "binary_connect": lambda dtype: brx.binary_connect(optax.sgd(1e-4), BINARY, float_dtype=dtype),
+    "adam": lambda dtype: brx.binary_relax(
+        optax.adam(1e-4, eps=1e-4), BINARY, 1.0, 500, float_dtype=dtype
+    ),
 }
 
 
@@ -118,7 +122,9 @@ def test_training_ends_with_as_many_values_as_levels(dtype, float_dtype):
         def loss(params):
             return jnp.mean((network(params, x) - network(teacher, x)) ** 2)
 
-        optimizer = brx.binary_relax(optax.adam(0.03, eps=1e-4), RULES, 1.0, 60, float_dtype)
+        optimizer = brx.binary_relax(
+            optax.adam(0.03, eps=1e-4), RULES, 1.0, 60, float_dtype=float_dtype
+        )
 
         def body(carry, _):
             params, state = carry

@@ -292,7 +292,10 @@ OTHERS = {
         {"a": brx.Binary(granularity=brx.PerChannel()), "b": None},
         r"'a' was selected for Binary.*PerChannel",
     ),
-    "a leaf more": ({"a": BINARY, "b": BINARY}, r"'b' was selected for None.*for Binary"),
+    "a leaf more": (
+        {"a": BINARY, "b": BINARY},
+        r"'b' is to be quantized, but the state has no ",
+    ),
     "a leaf less": (
         lambda params: {"a": None, "b": None},
         r"'a' was selected for Binary.*for None",

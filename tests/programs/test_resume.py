@@ -249,7 +249,7 @@ def test_a_log_is_replaced_at_once(uninterrupted, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", stopped)
-    for change in (lambda: log.cut(2), lambda: log.start(config)):
+    for change in (lambda: log.cut(2), lambda: log.start(config.to_json())):
         with pytest.raises(KeyboardInterrupt):
             change()
         assert log.path.read_text() == before
