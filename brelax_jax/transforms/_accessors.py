@@ -78,7 +78,7 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
     """
 
     def read(leaf: QuantizedLeaf, p: Any) -> Array:
-        return quantized_leaf(leaf.qset, leaf.y, leaf.fit, jnp.result_type(p))
+        return quantized_leaf(leaf.qset, jnp.result_type(p), leaf.y, leaf.fit)
 
     return _read(opt_state, params, read)
 

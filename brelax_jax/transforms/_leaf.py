@@ -1,5 +1,10 @@
-"""What an update does to one leaf: fit its set, hold the scale back, pull the weights, land."""
+"""What an update does to one leaf: fit its set, hold the scale back, pull the weights, land.
 
+The functions of one leaf are jitted: outside of a program they are compiled once for each set and
+shape, and inside of one they are traced once.
+"""
+
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,13 +29,11 @@ class Step(NamedTuple):
     """What one update has in common for all leaves.
 
     Attributes:
-      proximal_map: how the weights are pulled.
       alpha: the strength.
       exact: whether the params are to be on their grids.
       is_on_grid: whether they are on those of the update before.
     """
 
-    proximal_map: ProximalMap
     alpha: Array
     exact: Array
     is_on_grid: Array
@@ -66,8 +69,8 @@ def fit_leaves(
     """
 
     def fit(path: str, leaf: tuple[Array, Fit | None]) -> Fit:
-        qset, (y, before) = sets[path], leaf
-        return round_fit(qset.fit(y, before), qset, jnp.result_type(params[path]))
+        y, before = leaf
+        return _fit_leaf(sets[path], jnp.result_type(params[path]), y, before)
 
     leaves = {path: (floats[path], last[path] if last else None) for path in sets}
     searched = {path: leaf for path, leaf in leaves.items() if len(sets[path].magnitudes) > 1}
@@ -75,14 +78,27 @@ def fit_leaves(
     return {path: found[path] if path in found else fit(path, leaves[path]) for path in sets}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fit_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, before: Fit | None) -> Fit:
+    return round_fit(qset.fit(y, before), qset, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def update_leaf(
-    step: Step, qset: QuantizedSet, p: Array, y: Array, fit: Fit, last: Fit
+    proximal_map: ProximalMap,
+    qset: QuantizedSet,
+    step: Step,
+    p: Array,
+    y: Array,
+    fit: Fit,
+    last: Fit,
 ) -> UpdatedLeaf:
     """The update of the param p, whose float weights have become y.
 
     Args:
-      step: what all leaves have in common.
+      proximal_map: how the weights are pulled.
       qset: the leaf's set.
+      step: what all leaves have in common.
       p: the param.
       y: its float weights after the step of the base optimizer.
       fit: their fit.
@@ -92,23 +108,25 @@ def update_leaf(
     fit = jax.tree.map(lambda new, free: jnp.where(step.exact, new, free), limited, fit)
     grid = grid_in_view(fit, qset, y.shape, p.dtype)
     target = Target(y, place_on_grid(y, fit, qset, grid), qset, fit)
-    w = step.proximal_map.pull(target, step.alpha.astype(y.dtype))
+    w = proximal_map.pull(target, step.alpha.astype(y.dtype))
     view = qset.granularity.groups(y.shape).view
     goal, now = w.reshape(view), p.reshape(view)
     goal = jnp.where(step.exact, landing_point(goal, now, grid, step.is_on_grid), goal)
     update = (goal - now.astype(goal.dtype)).astype(p.dtype).reshape(p.shape)
-    if step.proximal_map.updates_float_params:
+    if proximal_map.updates_float_params:
         y, fit = w, _recut(fit, step.alpha)
     return UpdatedLeaf(update, y, fit)
 
 
-def quantized_leaf(qset: QuantizedSet, y: Array, fit: Fit, dtype: DTypeLike) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def quantized_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, fit: Fit) -> Array:
     """The float weights y on their set, in the params' dtype, as phase II leaves the params."""
     grid = grid_in_view(fit, qset, y.shape, dtype)
     q = place_on_grid(y, fit, qset, grid).astype(dtype)
     return jnp.where(q == 0, 0, q)  # not −0, which no sum ends at
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def codes_of(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
     """The codes of the float weights y, as the state keeps them."""
     return qset.codes(y, fit).astype(jnp.int8)

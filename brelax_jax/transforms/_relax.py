@@ -201,7 +201,9 @@ def _update(
     fits = fit_leaves(sets, floats, given, last)
     lam, step = _step(settings, state)
     leaves = {
-        path: update_leaf(step, qset, given[path], floats[path], fits[path], last[path])
+        path: update_leaf(
+            settings.proximal_map, qset, step, given[path], floats[path], fits[path], last[path]
+        )
         for path, qset in sets.items()
     }
 
@@ -230,7 +232,7 @@ def _step(settings: _Settings, state: BinaryRelaxState) -> tuple[Array, Step]:
         exact = state.count >= jnp.asarray(settings.hard_from) - LEAD
     alpha = strength_of(lam)
     exact |= alpha == 1
-    return lam, Step(settings.proximal_map, alpha, exact, state.updates_on_grid >= LANDING)
+    return lam, Step(alpha, exact, state.updates_on_grid >= LANDING)
 
 
 def _last_codes(
