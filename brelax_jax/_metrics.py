@@ -95,7 +95,7 @@ def _occupancy(qset: QuantizedSet, codes: Array) -> Array:
     """The share of weights at each level; that of the last is what the others leave."""
     levels = jnp.asarray(_codes_of_levels(qset.levels), codes.dtype)
     shares = lax.map(lambda level: _share(qset, codes == level), levels[:-1])
-    return jnp.append(shares, 1 - jnp.sum(shares))
+    return jnp.append(shares, jnp.maximum(1 - jnp.sum(shares), 0))
 
 
 def _codes_of_levels(levels: Sequence[float]) -> list[int]:
