@@ -107,7 +107,7 @@ def test_the_search_is_over_long_before_its_bound_and_ends_there_in_any_case(mon
     for bits, most in [(2, 40), (4, 100), (8, 500)]:
         end = _search.branch_and_bound(a, range(2 ** (bits - 1)), ROWS)
         assert end.rounds <= most < _search.ROUNDS
-        assert np.all(end.below.scale == end.ahead.scale[-1])  # certified up to the largest scale
+        assert np.all(end.below[0] == end.ahead[-1, 0])  # certified up to the largest scale
     nothing = _search.branch_and_bound(np.full((2, 9), np.nan, np.float32), range(8), ROWS)
     assert nothing.rounds == 0
     monkeypatch.setattr(_search, "ROUNDS", 7)
