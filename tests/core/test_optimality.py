@@ -3,6 +3,7 @@ that scans every breakpoint of the error.
 """
 
 import functools
+import itertools
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -63,22 +64,27 @@ def groups(size, seeds, largest):
             yield kind, np.where(np.abs(w) < 1.2e-38, np.float32(0), w)  # devices flush these
 
 
-@functools.cache
-def compiled(name):
-    qset = SETS[name]
-    return jax.jit(jax.vmap(qset.quantize))
+@jax.jit
+def quantize(arrays):
+    """For arrays by set and dtype; one program, as what searches share compiles once."""
+    return {key: jax.vmap(SETS[key[0]].quantize)(w) for key, w in arrays.items()}
 
 
 @functools.cache
-def compiled_in_16_bits(name):
-    """A function of arrays by dtype: the search is the same program for each of them."""
-    quantize = jax.vmap(SETS[name].quantize)
-    return jax.jit(lambda arrays: {dtype: quantize(w) for dtype, w in arrays.items()})
+def quantized_groups(names, size, seeds):
+    """For each set (the kinds, the groups, and how it quantizes them)."""
+    kinds, w = {}, {}
+    for name in names:
+        drawn = groups(size, seeds, SETS[name].levels[-1])
+        kinds[name], rows = zip(*drawn, strict=True)
+        w[name, "float32"] = np.stack(rows)
+    quantized = quantize(w)
+    return {name: (kinds[name], w[name, dtype], quantized[name, dtype]) for name, dtype in w}
 
 
-def check(name, size, seeds):
-    kinds, w = zip(*groups(size, seeds, SETS[name].levels[-1]), strict=True)
-    assert_optimal(SETS[name], kinds, w, compiled(name)(np.stack(w)))
+def check(name, size, seeds, names=None):
+    """Of this set, compiled together with those of some names."""
+    assert_optimal(SETS[name], *quantized_groups(names or (name,), size, seeds)[name])
 
 
 def assert_optimal(qset, kinds, w, quantized):
@@ -97,7 +103,6 @@ def assert_optimal(qset, kinds, w, quantized):
     assert not worst, f"(excess, of the sum of squares) {sorted(worst, reverse=True)[:4]}"
 
 
-@pytest.mark.parametrize("name", ["ternary", "uniform4", "power4", "two-bit", "uneven"])
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     w=hnp.arrays(
@@ -107,9 +112,12 @@ def assert_optimal(qset, kinds, w, quantized):
     ),
     scale=st.sampled_from([1, 1e-30, 1e30, 3.7]),
 )
-def test_made_up_groups(name, w, scale):
+def test_made_up_groups(w, scale):
     w = np.where(np.abs(w) < 1e-7, np.float32(0), w) * np.float32(scale)
-    assert_optimal(SETS[name], ["hypothesis"], w[None], compiled(name)(w[None]))
+    names = ["ternary", "uniform4", "power4", "two-bit", "uneven"]
+    quantized = quantize({(name, "float32"): w[None] for name in names})
+    for name in names:
+        assert_optimal(SETS[name], [name], w[None], quantized[name, "float32"])
 
 
 BETWEEN = {"uniform2", "uniform3", "uniform5", "uniform6", "uniform7", "power4"}  # others' bits
@@ -126,17 +134,29 @@ def test_tiny_groups(name, size):
     "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in BETWEEN)) for name in SETS]
 )
 def test_small_groups(name):
-    check(name, 576, 4)
+    quick = tuple(other for other in SETS if other not in BETWEEN)
+    check(name, 576, 4, quick if name in quick else None)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["ternary", "uniform4", "uniform8", "power4", "two-bit"])
-def test_16_bit_weights(name, dtype):
-    """Their scale is float32, and as good as that of the same weights in float32."""
+IN_16_BITS = [
+    *itertools.product(
+        ["ternary", "uniform4", "uniform8", "power4", "two-bit"], ["float16", "bfloat16"]
+    )
+]
+
+
+@functools.cache
+def quantized_in_16_bits():
     rng = np.random.default_rng(0)
     w = np.stack([KINDS[kind](rng, 100) for kind in ("normal", "t2", "integers")])
-    both = {dtype: w.astype(dtype) for dtype in ("float16", "bfloat16")}
-    w, quantized = both[dtype], compiled_in_16_bits(name)(both)[dtype]
+    arrays = {(name, dtype): w.astype(dtype) for name, dtype in IN_16_BITS}
+    return arrays, quantize(arrays)
+
+
+@pytest.mark.parametrize(("name", "dtype"), IN_16_BITS)
+def test_16_bit_weights(name, dtype):
+    """Their scale is float32, and as good as that of the same weights in float32."""
+    w, quantized = (by_key[name, dtype] for by_key in quantized_in_16_bits())
     assert quantized.scale.dtype == np.float32
     assert_optimal(SETS[name], ["normal", "t2", "integers"], w.astype(np.float32), quantized)
 

@@ -1,6 +1,7 @@
 """The proximal maps, against the formulas of their papers, written out in NumPy."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ SETS = [
     brx.PowerOfTwo(4, granularity=brx.PerBlock(4, 0)),
     brx.ScaledLevels((-1.7, -0.3, 0, 0.3, 1.7)),
 ]
+TOGETHER = (*SETS, brx.Uniform(3))
 MAPS = [brx.Relaxation(), brx.PiecewiseAffine(), brx.SoftThreshold()]
 PROXQUANT = brx.SoftThreshold(updates_float_params=True)
 LAMBDAS = (0.0, 0.3, 4.0, 1e3)
@@ -28,19 +30,41 @@ def weights(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
+class Results(NamedTuple):
+    """What the library gives for one set."""
+
+    applied: list
+    relaxed: jax.Array
+    projection: jax.Array
+    quantized: brx.Quantized
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def every_applied(qset, y, lam):
-    """What each map gives, in one program: the search for the scale is the same."""
-    return [proximal_map.apply(y, qset, lam) for proximal_map in MAPS]
+def compiled(qsets, y, lam):
+    """One program for many sets: what their searches have in common compiles once."""
+    return [
+        Results(
+            [proximal_map.apply(y, qset, lam) for proximal_map in MAPS],
+            brx.relax(y, qset, lam),
+            qset.project(y),
+            qset.quantize(y),
+        )
+        for qset in qsets
+    ]
+
+
+def results(qset, y, lam=0.0):
+    qsets = TOGETHER if qset in TOGETHER and y.shape == (8, 6) else (qset,)
+    return compiled(qsets, y, lam)[qsets.index(qset)]
 
 
 def applied(proximal_map, qset, y, lam):
-    return every_applied(qset, y, lam)[MAPS.index(proximal_map)]
+    return results(qset, y, lam).applied[MAPS.index(proximal_map)]
 
 
 def scales(qset, y):
     """The scale of each entry of y."""
-    scale = np.asarray(qset.quantize(y).scale, np.float64)
+    scale = np.asarray(results(qset, y).quantized.scale, np.float64)
     repeats = [entries // groups for entries, groups in zip(y.shape, scale.shape, strict=True)]
     for axis, times in enumerate(repeats):
         scale = np.repeat(scale, times, axis)
@@ -70,7 +94,7 @@ def test_piecewise_affine_is_the_published_formula(qset, lam):
 @pytest.mark.parametrize("lam", LAMBDAS)
 def test_soft_threshold_is_the_published_formula(qset, lam):
     y = weights(8, 6)
-    q = np.asarray(qset.project(y), np.float64)
+    q = np.asarray(results(qset, y).projection, np.float64)
     residual = y - q
     shrunk = np.maximum(np.abs(residual) - lam * scales(qset, y), 0)
     w = applied(brx.SoftThreshold(), qset, y, lam)
@@ -90,7 +114,8 @@ def test_soft_threshold_is_proxquants_for_weights_at_scale_one():
 @pytest.mark.parametrize("lam", [0.3, 4.0])
 def test_soft_threshold_minimizes_its_objective(qset, lam):
     y = weights(8, 6).astype(np.float64)
-    q, s = np.asarray(qset.project(y.astype(np.float32))), scales(qset, y.astype(np.float32))
+    q, s = results(qset, y.astype(np.float32)).projection, scales(qset, y.astype(np.float32))
+    q = np.asarray(q)
 
     def objective(u):
         return (u - y) ** 2 / 2 + lam * s * np.abs(u - q)
@@ -104,9 +129,8 @@ def test_soft_threshold_minimizes_its_objective(qset, lam):
 @pytest.mark.parametrize("lam", LAMBDAS)
 def test_relaxation_is_relax(qset, lam):
     y = weights(8, 6)
-    np.testing.assert_array_equal(
-        applied(brx.Relaxation(), qset, y, lam), jax.jit(brx.relax, static_argnums=1)(y, qset, lam)
-    )
+    found = results(qset, y, lam)
+    np.testing.assert_array_equal(found.applied[MAPS.index(brx.Relaxation())], found.relaxed)
 
 
 @every_set
@@ -114,14 +138,15 @@ def test_relaxation_is_relax(qset, lam):
 def test_at_infinity_every_map_is_the_projection(qset, proximal_map):
     y = weights(8, 6)
     y[:, 0] = 0
-    np.testing.assert_array_equal(applied(proximal_map, qset, y, np.inf), qset.project(y))
+    wanted = results(qset, y).projection
+    np.testing.assert_array_equal(applied(proximal_map, qset, y, np.inf), wanted)
 
 
 @every_set
 @every_map
 def test_the_pull_grows_with_lambda_and_keeps_the_order(qset, proximal_map):
     y = np.linspace(-2, 2, 48, dtype=np.float32).reshape(8, 6)
-    q = np.asarray(qset.project(y))
+    q = np.asarray(results(qset, y).projection)
     away = [np.abs(applied(proximal_map, qset, y, lam) - q) for lam in (0.0, 0.3, 1.0, 4.0, 1e3)]
     assert (np.diff(away, axis=0) <= 1e-6).all()
     assert (away[0] <= np.abs(y - q) + 1e-6).all()
@@ -129,7 +154,7 @@ def test_the_pull_grows_with_lambda_and_keeps_the_order(qset, proximal_map):
 
 def test_piecewise_affine_at_zero_cuts_off_at_the_last_levels():
     y = weights(8, 6)
-    s = float(brx.Uniform(3).quantize(y).scale.item())
+    s = float(results(brx.Uniform(3), y).quantized.scale.item())
     w = applied(brx.PiecewiseAffine(), brx.Uniform(3), y, 0.0)
     np.testing.assert_allclose(w, np.clip(y, -3 * s, 3 * s), atol=1e-6)
 
@@ -143,19 +168,26 @@ def test_piecewise_affine_holds_weights_between_the_cut_and_halfway_at_the_midpo
     np.testing.assert_array_equal(applied(brx.PiecewiseAffine(), qset, y, np.inf), qset.project(y))
 
 
+@jax.jit
+def every_applied_in_16_bits(arrays):
+    qset = SETS[1]
+    return {dtype: [m.apply(y, qset, 1.0) for m in MAPS] for dtype, y in arrays.items()}
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @every_map
 def test_low_precision_keeps_its_dtype(dtype, proximal_map):
-    y = jnp.asarray(weights(8, 6), dtype)
-    w = applied(proximal_map, SETS[1], y, 1.0)
-    assert w.dtype == y.dtype
-    wide = applied(proximal_map, SETS[1], y.astype("float32"), 1.0)
+    arrays = {dtype: jnp.asarray(weights(8, 6), dtype) for dtype in ("float16", "bfloat16")}
+    w = every_applied_in_16_bits(arrays)[dtype][MAPS.index(proximal_map)]
+    assert w.dtype == arrays[dtype].dtype
+    wide = applied(proximal_map, SETS[1], arrays[dtype].astype("float32"), 1.0)
     np.testing.assert_allclose(np.asarray(w, "float32"), wide, rtol=2.0**-8, atol=2.0**-8)
 
 
 def test_the_derivative_of_piecewise_affine_is_its_slope_or_zero():
     y = jnp.asarray(weights(8, 6))
-    slopes = jax.grad(lambda y: jnp.sum(applied(brx.PiecewiseAffine(), SETS[1], y, 1.0)))(y)
+    total = jax.jit(lambda y: jnp.sum(brx.PiecewiseAffine().apply(y, SETS[1], 1.0)))
+    slopes = jax.grad(total)(y)
     assert set(np.unique(slopes)) == {0, 2}
 
 

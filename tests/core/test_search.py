@@ -28,11 +28,11 @@ floats = st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-4
 tiny_groups = hnp.arrays(np.float32, (8, 5), elements=floats | st.sampled_from([0, 1, -1, 2, 3]))
 
 
-@functools.cache
-def search(levels):
-    """The scale of every row, compiled once for each level set and shape."""
-    magnitudes = tuple(float(level) for level in levels if level >= 0)
-    return jax.jit(lambda w: _rules.least_squares_scale(w, magnitudes, ROWS))
+@functools.partial(jax.jit, static_argnums=1)
+def search(w, many):
+    """The scale of every row for each of some level sets: searches share what is compiled."""
+    magnitudes = [tuple(float(level) for level in levels if level >= 0) for levels in many]
+    return [_rules.least_squares_scale(w, each, ROWS) for each in magnitudes]
 
 
 # The references agree with one another
@@ -71,23 +71,24 @@ def test_the_reference_finds_what_a_grid_of_scales_finds():
 # The search finds the optimum
 
 
-@pytest.mark.parametrize(
-    "levels", [LEVELS[name] for name in ("ternary", "two-bit", "near")], ids=str
-)
+TRIED = tuple(LEVELS[name] for name in ("ternary", "two-bit", "near"))
+
+
 @modest
 @hypothesis.given(w=tiny_groups)
-def test_search_finds_the_best_of_all_assignments(levels, w):
-    scales = np.asarray(search(levels)(w), np.float64)[:, 0]
-    for row, scale in zip(w.astype(float), scales, strict=True):
-        excess = oracles.error(row, scale, levels) - oracles.brute_force(row, levels)
-        assert excess <= 1e-6 * oracles.brute_force(row, levels) + 1e-11 * (row @ row), (row, scale)
+def test_search_finds_the_best_of_all_assignments(w):
+    for levels, scales in zip(TRIED, search(w, TRIED), strict=True):
+        for row, scale in zip(w.astype(float), np.ravel(scales).astype(float), strict=True):
+            least = oracles.brute_force(row, levels)
+            excess = oracles.error(row, scale, levels) - least
+            assert excess <= 1e-6 * least + 1e-11 * (row @ row), (levels, row, scale)
 
 
 def test_search_ends_on_what_has_no_answer():
     w = np.random.default_rng(0).standard_normal((8, 5)).astype(np.float32)
-    clean = np.asarray(search((-1, 0, 1))(w))
+    clean, *_ = map(np.asarray, search(w, TRIED))
     w[1, 2], w[3, 0], w[4], w[6] = np.nan, -np.inf, 0, np.inf
-    scale = search((-1, 0, 1))(w)
+    scale, *_ = search(w, TRIED)
     np.testing.assert_array_equal(np.isnan(scale[:, 0]), np.isin(np.arange(8), [1, 3, 6]))
     assert scale[4] == 0
     np.testing.assert_array_equal(scale[jnp.array([0, 2, 5, 7])], clean[jnp.array([0, 2, 5, 7])])
@@ -104,14 +105,22 @@ def test_the_search_is_over_long_before_its_bound_and_ends_there_in_any_case(mon
         ]
     )
     a = np.abs(hostile / np.max(np.abs(hostile), axis=1, keepdims=True)).astype(np.float32)
-    for bits, most in [(2, 40), (4, 100), (8, 500)]:
-        end = _search.branch_and_bound(a, range(2 ** (bits - 1)), ROWS)
-        assert end.rounds <= most < _search.ROUNDS
-        assert np.all(end.below.scale == end.ahead.scale[-1])  # certified up to the largest scale
-    nothing = _search.branch_and_bound(np.full((2, 9), np.nan, np.float32), range(8), ROWS)
-    assert nothing.rounds == 0
-    monkeypatch.setattr(_search, "ROUNDS", 7)
-    assert _search.branch_and_bound(a, range(128), ROWS).rounds == 7
+    most_rounds = {2: 40, 4: 100, 8: 500}
+
+    @jax.jit
+    def ends(a, bound):
+        with monkeypatch.context() as patched:
+            patched.setattr(_search, "ROUNDS", bound)
+            return {
+                bits: _search.branch_and_bound(a, range(2 ** (bits - 1)), ROWS)
+                for bits in most_rounds
+            }
+
+    for bits, end in ends(a, _search.ROUNDS).items():
+        assert end.rounds <= most_rounds[bits] < _search.ROUNDS
+        assert np.all(end.below[0] == end.ahead[-1, 0])  # certified up to the largest scale
+    assert all(end.rounds == 0 for end in ends(np.full_like(a, np.nan), _search.ROUNDS).values())
+    assert ends(a, 7)[8].rounds == 7
 
 
 def test_an_optimum_among_many_basins():
@@ -120,7 +129,7 @@ def test_an_optimum_among_many_basins():
     w = (rng.choice([1, 7, 30, 1000], (8, 400)) * (1 + 0.1 * rng.standard_normal((8, 400)))).astype(
         "f4"
     )
-    scales = np.asarray(search((-100, -10, -1, 1, 10, 100))(w), np.float64)[:, 0]
+    [scales] = np.asarray(search(w, ((-100, -10, -1, 1, 10, 100),)), np.float64)[..., 0]
     for row, scale in zip(w.astype(float), scales, strict=True):
         least = oracles.optimum(row, (-100, -10, -1, 1, 10, 100))[1]
         assert oracles.error(row, scale, (-100, -10, -1, 1, 10, 100)) <= least * (1 + 1e-6)
@@ -162,11 +171,11 @@ def test_level_index_at_scale_zero_is_a_level():
 
 def test_mean_magnitude_where_the_sum_overflows():
     w = np.stack([np.full(1000, -1e37), np.linspace(0, 1, 1000)]).astype(np.float32)
-    mean = jax.jit(lambda w: _rules.mean_magnitude(w, ROWS))(w)[:, 0]
-    np.testing.assert_allclose(mean, [1e37, 0.5], rtol=1e-5)
-    largest = np.full((1, 1000), np.finfo(np.float32).max)
-    np.testing.assert_allclose(_rules.mean_magnitude(largest, ROWS), largest[:, :1], rtol=1e-5)
+    mean_magnitude = jax.jit(lambda w: _rules.mean_magnitude(w, ROWS))
+    np.testing.assert_allclose(mean_magnitude(w)[:, 0], [1e37, 0.5], rtol=1e-5)
+    largest = np.full_like(w, np.finfo(np.float32).max)
+    np.testing.assert_allclose(mean_magnitude(largest), largest[:, :1], rtol=1e-5)
     w[0, 0] = np.nan
-    mean = jax.jit(lambda w: _rules.mean_magnitude(w, ROWS))(w)[:, 0]
+    mean = mean_magnitude(w)[:, 0]
     assert np.isnan(mean[0])
     np.testing.assert_allclose(mean[1], 0.5, rtol=1e-5)

@@ -39,20 +39,36 @@ every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 EXCESS = 1e-6, 1e-11  # of the least error, of the sum of squares
 
 
-@functools.cache
-def compiled(qset):
-    """project and quantize in one compiled function, kept over all tests; it gives NumPy arrays."""
-    both = jax.jit(lambda w: (qset.project(w), qset.quantize(w)))
-    return lambda w: jax.tree.map(np.asarray, both(w))
+def both(qset, w):
+    return qset.project(w), qset.quantize(w)
 
 
-dequantize = jax.jit(brx.Quantized.dequantize)
+def with_granularity(name, granularity):
+    return dataclasses.replace(SETS[name], granularity=GRANULARITIES[granularity][0])
+
+
+# One program for many sets: what their searches have in common compiles once.
+project_and_quantize = jax.jit(lambda qsets, w: [both(q, w) for q in qsets], static_argnums=0)
+dequantize = jax.jit(lambda quantized: [q.dequantize() for q in quantized])
+RESULTS = {}
+
+
+def results(qsets, w):
+    """(projection, quantized, dequantized) for each set, as NumPy arrays, computed once."""
+    w = np.asarray(w)
+    key = qsets, w.dtype, w.shape, w.tobytes()
+    if key not in RESULTS:
+        projections, quantized = zip(*project_and_quantize(qsets, w), strict=True)
+        found = zip(projections, quantized, dequantize(quantized), strict=True)
+        RESULTS[key] = jax.tree.map(np.asarray, [*found])
+    return RESULTS[key]
 
 
 def case(name, granularity="channel"):
-    """The compiled set, and its groups by the oracle's own bookkeeping."""
-    kind, groups = GRANULARITIES[granularity]
-    return compiled(dataclasses.replace(SETS[name], granularity=kind)), groups
+    """What `results` gives for the set, and its groups by the oracle's own bookkeeping."""
+    qsets = tuple(with_granularity(other, granularity) for other in SETS)
+    place = [*SETS].index(name)
+    return lambda w: results(qsets, w)[place], GRANULARITIES[granularity][1]
 
 
 def data(seed=0, shape=SHAPE):
@@ -94,13 +110,13 @@ def unit_points(quantized):
 @every_set
 @every_granularity
 def test_every_group_against_its_oracle(name, granularity):
-    both, groups = case(name, granularity)
+    placed, groups = case(name, granularity)
     levels, (relative, absolute) = SETS[name].levels, EXCESS
     for kind, w in data().items():
-        projection, quantized = both(w)
+        projection, quantized, dequantized = placed(w)
         assert projection.shape == w.shape
         assert projection.dtype == w.dtype
-        np.testing.assert_array_equal(projection, dequantize(quantized), err_msg=kind)
+        np.testing.assert_array_equal(projection, dequantized, err_msg=kind)
         q, scales = unit_points(quantized), np.asarray(quantized.scale, np.float64)
         assert set(np.unique(q)) <= set(levels)
         for entries, place in groups(w.shape):
@@ -132,8 +148,8 @@ def test_every_group_against_its_oracle(name, granularity):
 def test_binary_and_ternary_down_to_the_smallest_normal_numbers():
     w = flushed(data()["normal"] * np.float32(1e-37))
     for name, oracle in {"binary": oracles.binary, "ternary": oracles.ternary}.items():
-        both, groups = case(name)
-        scale = np.asarray(both(w)[1].scale, np.float64)
+        placed, groups = case(name)
+        scale = np.asarray(placed(w)[1].scale, np.float64)
         for entries, place in groups(w.shape):
             np.testing.assert_allclose(scale[place], oracle(w[entries].ravel())[0], rtol=1e-5)
 
@@ -160,39 +176,39 @@ def test_four_spellings_of_the_ternary_set():
     sets = [brx.Ternary(), brx.Uniform(2), brx.PowerOfTwo(2), brx.ScaledLevels((-1, 0, 1))]
     assert {qset.levels for qset in sets} == {(-1.0, 0.0, 1.0)}
     w = data()["student 1.5"]
-    projections = [np.asarray(compiled(qset)(w)[0]) for qset in sets[::2]]
+    projections = [projection for projection, *_ in results(tuple(sets[::2]), w)]
     np.testing.assert_array_equal(*projections)
 
 
 def test_binary_and_its_levels_differ_in_nothing():
     w = data()["laplace"]
     by_levels = jax.jit(brx.ScaledLevels((-2, 2)).project)(w)  # any one magnitude is the same set
-    np.testing.assert_allclose(by_levels, compiled(brx.Binary())(w)[0], rtol=1e-6)
+    np.testing.assert_allclose(by_levels, case("binary", "tensor")[0](w)[0], rtol=1e-6)
 
 
 @every_set
 @pytest.mark.parametrize("kind", ["normal", "student 1.5", "integers"])
 def test_symmetries(name, kind):
-    both, _ = case(name)
+    placed, _ = case(name)
     w = data()[kind]
-    projection, quantized = both(w)
+    projection, quantized, _ = placed(w)
     # A power of two passes through the arithmetic unchanged.
     for factor in (2.0**20, 2.0**-20):
         np.testing.assert_array_equal(
-            both(w * np.float32(factor))[0], np.float32(factor) * projection
+            placed(w * np.float32(factor))[0], np.float32(factor) * projection
         )
     # Signs: only a zero, which Binary and its like send to the least positive level, has no mirror
     # image.
-    negative = both(-w)[0]
+    negative = placed(-w)[0]
     np.testing.assert_array_equal(np.where(w == 0, projection, -negative), projection)
     # The order of a group's entries changes nothing but rounding.
-    flipped, flipped_codes = both(w[::-1, ::-1])
+    flipped, flipped_codes, _ = placed(w[::-1, ::-1])
     if name != "uniform8":  # its search may end in another basin
         np.testing.assert_allclose(flipped[::-1, ::-1], projection, rtol=1e-5)
         if kind != "integers":  # their codes may all be even: half the codes, twice the scale
             np.testing.assert_allclose(flipped_codes.scale, quantized.scale, rtol=1e-5)
     # A point on the set stays where it is.
-    np.testing.assert_allclose(both(projection)[0], projection, rtol=2e-6)
+    np.testing.assert_allclose(placed(projection)[0], projection, rtol=2e-6)
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
@@ -211,16 +227,18 @@ def test_zero_projects_to_the_least_magnitude_and_plus(zero):
 
 @pytest.mark.parametrize("name", ["binary", "threshold", "ternary"])
 def test_a_scalar_is_its_own_projection(name):
-    projection, scalar = compiled(SETS[name])(jnp.float32(-2.5))
+    names = ["binary", "threshold", "ternary"]
+    found = results(tuple(SETS[other] for other in names), np.float32(-2.5))
+    projection, scalar, dequantized = found[names.index(name)]
     assert projection.shape == scalar.codes.shape == scalar.scale.shape == ()
-    assert float(dequantize(scalar)) == float(projection) == -2.5
+    assert float(dequantized) == float(projection) == -2.5
 
 
-@pytest.mark.parametrize("name", ["binary", "threshold", "powers"])
-def test_a_block_of_one_is_its_own_projection(name):
-    w = data()["student 1.5"][0]
-    alone = dataclasses.replace(SETS[name], granularity=brx.PerBlock(1))
-    np.testing.assert_allclose(compiled(alone)(w)[0], w, rtol=1e-6)
+def test_a_block_of_one_is_its_own_projection():
+    w, names = data()["student 1.5"][0], ("binary", "threshold", "powers")
+    qsets = [dataclasses.replace(SETS[name], granularity=brx.PerBlock(1)) for name in names]
+    for name, (projection, *_) in zip(names, results(tuple(qsets), w), strict=True):
+        np.testing.assert_allclose(projection, w, rtol=1e-6, err_msg=name)
 
 
 # NaN, infinity, nothing at all
@@ -228,24 +246,24 @@ def test_a_block_of_one_is_its_own_projection(name):
 
 @every_set
 def test_nan_and_infinity_stay_in_their_group(name):
-    both, _ = case(name)
+    placed, _ = case(name)
     w = data()["normal"]
-    clean, spoiled = both(w)[0], w.copy()
+    clean, spoiled = placed(w)[0], w.copy()
     spoiled[2, 1, 3], spoiled[0, 0, 5], spoiled[7, 0, 9] = np.nan, np.inf, -np.inf
-    projection, quantized = both(spoiled)
+    projection, _, dequantized = placed(spoiled)
     kept = np.delete(np.arange(SHAPE[-1]), [3, 5, 9])
     assert np.isnan(projection[..., [3, 5, 9]]).all()
     np.testing.assert_allclose(projection[..., kept], clean[..., kept], rtol=1e-6)
-    np.testing.assert_array_equal(dequantize(quantized), projection)
+    np.testing.assert_array_equal(dequantized, projection)
 
 
 @every_set
 @every_granularity
 def test_empty_arrays_pass_through(name, granularity):
-    both, groups = case(name, granularity)
+    placed, groups = case(name, granularity)
     for shape in [(8, 0), (0, 2, 16)]:
-        projection, quantized = both(np.zeros(shape, np.float32))
-        assert projection.shape == quantized.codes.shape == dequantize(quantized).shape == shape
+        projection, quantized, dequantized = placed(np.zeros(shape, np.float32))
+        assert projection.shape == quantized.codes.shape == dequantized.shape == shape
         assert quantized.scale.size == len(list(groups(shape)))
         assert not np.isnan(quantized.scale).any()
 
@@ -253,21 +271,36 @@ def test_empty_arrays_pass_through(name, granularity):
 # dtypes and transformations
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *itertools.product(["binary", "ternary", "threshold"], ["bfloat16", "float16"]),
-        ("powers", "bfloat16"),
-    ],
-)
+IN_16_BITS = [
+    *itertools.product(["binary", "ternary", "threshold"], ["bfloat16", "float16"]),
+    ("powers", "bfloat16"),
+]
+
+
+@jax.jit
+def every_case_in_16_bits(arrays):
+    return [both(with_granularity(name, "channel"), arrays[dtype]) for name, dtype in IN_16_BITS]
+
+
+@functools.cache
+def results_in_16_bits(kind):
+    arrays = {dtype: jnp.asarray(data()[kind], dtype) for dtype in ("bfloat16", "float16")}
+    projections, quantized = zip(*every_case_in_16_bits(arrays), strict=True)
+    return arrays, [*zip(projections, quantized, dequantize(quantized), strict=True)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), IN_16_BITS)
 def test_16_bit_weights_have_scales_of_32_bits(name, dtype):
-    both, groups = case(name)
+    _, groups = case(name)
     for kind in ("normal", "student 1.5", "integers", "zeros"):
-        w = jnp.asarray(data()[kind], dtype)
-        projection, quantized = both(w)
-        assert projection.dtype == dequantize(quantized).dtype == quantized.dtype == w.dtype
+        arrays, found = results_in_16_bits(kind)
+        w, (projection, quantized, dequantized) = (
+            arrays[dtype],
+            found[IN_16_BITS.index((name, dtype))],
+        )
+        assert projection.dtype == dequantized.dtype == quantized.dtype == w.dtype
         assert quantized.scale.dtype == jnp.float32
-        np.testing.assert_array_equal(projection, dequantize(quantized))
+        np.testing.assert_array_equal(projection, dequantized)
         exact, q = np.asarray(w, np.float64), unit_points(quantized)
         for entries, place in groups(w.shape):
             group, points = (
@@ -283,59 +316,79 @@ def test_16_bit_weights_have_scales_of_32_bits(name, dtype):
                 assert error <= least * (1 + 1e-6) + 1e-11 * np.sum(group**2), (kind, place)
 
 
-@pytest.mark.parametrize("name", ["binary", "ternary", "threshold"])
+FORMULAS_AND_A_SEARCH = ("binary", "ternary", "threshold")
+# The ternary search compiles once: for its scales and for its derivative.
+DERIVATIVES_OF = {"binary": "tensor", "ternary": "channel", "threshold": "block"}
+
+
+@jax.jit
+def in_float64(w, tangent):
+    """project, quantize, and the projection's derivative from both sides, of three sets."""
+    found = {}
+    for name, granularity in DERIVATIVES_OF.items():
+        project = with_granularity(name, granularity).project
+        moved, derivative = jax.jvp(project, (w,), (tangent,))
+        transposed = jax.vjp(project, w)[1](tangent)[0]
+        found[name] = both(with_granularity(name, "channel"), w), moved, derivative, transposed
+    return found
+
+
+@pytest.mark.parametrize("name", FORMULAS_AND_A_SEARCH)
 def test_float64_is_computed_in_float64(name):
     w = np.random.default_rng(0).standard_t(2.5, SHAPE)
     with jax.enable_x64(True):
-        both, groups = case(name)
-        projection, quantized = both(w)
-        assert (
-            projection.dtype == dequantize(quantized).dtype == quantized.scale.dtype == jnp.float64
-        )
-        for entries, place in groups(SHAPE):
-            group = w[entries].ravel()
-            q = unit_points(quantized)[entries].ravel()
-            best = (q @ group) / (q @ q)  # to a precision that float32 does not have
-            np.testing.assert_allclose(quantized.scale[place], best, rtol=1e-12)
-            if name != "threshold":
-                error = np.sum((group - best * q) ** 2)
-                assert error <= oracles.optimum(group, SETS[name].levels)[1] * (1 + 1e-6)
+        (projection, quantized), *_ = in_float64(w, w)[name]
+        dtypes = [x.dtype for x in (projection, quantized.scale, *dequantize([quantized]))]
+    assert dtypes == [jnp.float64] * 3
+    for entries, place in GRANULARITIES["channel"][1](SHAPE):
+        group = w[entries].ravel()
+        q = unit_points(quantized)[entries].ravel()
+        best = (q @ group) / (q @ q)  # to a precision that float32 does not have
+        np.testing.assert_allclose(quantized.scale[place], best, rtol=1e-12)
+        if name != "threshold":
+            error = np.sum((group - best * q) ** 2)
+            assert error <= oracles.optimum(group, SETS[name].levels)[1] * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", ["binary", "ternary", "threshold"])
-def test_vmap_in_scan_is_one_array_after_the_other(name):
-    both, _ = case(name)
-    qset = dataclasses.replace(SETS[name], granularity=brx.PerChannel())
+@functools.cache
+def quantized_in_a_vmapped_scan():
+    """Four arrays, and how each of three sets quantizes them, in pairs."""
     stack = np.stack([*data().values()][:4])
     stack[1, 0, 0, 0] = np.nan  # a neighbour's NaN is not catching
+    qsets = {name: with_granularity(name, "channel") for name in FORMULAS_AND_A_SEARCH}
 
     @jax.jit
     def scanned(stack):
         def step(carry, pair):
-            return carry, jax.vmap(qset.quantize)(pair)
+            return carry, {name: jax.vmap(qset.quantize)(pair) for name, qset in qsets.items()}
 
         return jax.lax.scan(step, (), stack)[1]
 
-    quantized = scanned(stack.reshape(2, 2, *SHAPE))
+    return stack, scanned(stack.reshape(2, 2, *SHAPE))
+
+
+@pytest.mark.parametrize("name", FORMULAS_AND_A_SEARCH)
+def test_vmap_in_scan_is_one_array_after_the_other(name):
+    placed, _ = case(name)
+    stack, quantized = quantized_in_a_vmapped_scan()
     for i, w in enumerate(stack):
-        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i // 2, i % 2], quantized)
-        np.testing.assert_allclose(dequantize(one), both(w)[0], rtol=1e-6)
+        one = jax.tree.map(lambda x, i=i: np.asarray(x)[i // 2, i % 2], quantized[name])
+        np.testing.assert_allclose(dequantize([one])[0], placed(w)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["binary", "threshold"])
 def test_outside_jit_as_inside(name):
     w = data()["student 2.5"]
-    both, _ = case(name)
-    qset = dataclasses.replace(SETS[name], granularity=brx.PerChannel())
-    projection, quantized = qset.project(w), qset.quantize(w)
+    placed, _ = case(name)
+    projection, quantized = both(with_granularity(name, "channel"), w)
     np.testing.assert_array_equal(projection, quantized.dequantize())
-    np.testing.assert_allclose(projection, both(w)[0], rtol=1e-6)
+    np.testing.assert_allclose(projection, placed(w)[0], rtol=1e-6)
 
 
 @every_set
 def test_quantized_is_a_pytree_of_codes_and_scale(name):
-    both, _ = case(name, "block")
-    quantized = both(data()["normal"])[1]
+    placed, _ = case(name, "block")
+    _, quantized, dequantized = placed(data()["normal"])
     assert quantized.codes.dtype == jnp.int8
     assert quantized.codes.shape == SHAPE
     assert quantized.scale.shape == (2, 2, 16)
@@ -345,29 +398,23 @@ def test_quantized_is_a_pytree_of_codes_and_scale(name):
     assert [id(leaf) for leaf in leaves] == [id(quantized.codes), id(quantized.scale)]
     doubled = jax.jit(lambda x: dataclasses.replace(x, scale=2 * x.scale))(quantized)
     assert isinstance(doubled, brx.Quantized)
-    np.testing.assert_array_equal(dequantize(doubled), 2 * np.asarray(dequantize(quantized)))
+    np.testing.assert_array_equal(dequantize([doubled])[0], 2 * dequantized)
 
 
-@pytest.mark.parametrize(
-    ("name", "granularity"),
-    [("binary", "tensor"), ("ternary", "block"), ("threshold", "channel")],
-)
-def test_derivative_against_finite_differences(name, granularity):
+@pytest.mark.parametrize("name", DERIVATIVES_OF)
+def test_derivative_against_finite_differences(name):
     """Where no code changes, the projection is linear in w: a difference quotient is exact but for
     rounding."""
     rng = np.random.default_rng(0)
     w, tangent = rng.standard_normal((2, *SHAPE))
-    qset = dataclasses.replace(SETS[name], granularity=GRANULARITIES[granularity][0])
+    step = 1e-7
     with jax.enable_x64(True):
-        jvp = jax.jit(lambda w, tangent: jax.jvp(qset.project, (w,), (tangent,)))
-        step = 1e-7
-        _, derivative = jvp(w, tangent)
-        ahead, behind = jvp(w + step * tangent, tangent)[0], jvp(w - step * tangent, tangent)[0]
-        np.testing.assert_allclose(derivative, (ahead - behind) / (2 * step), atol=1e-6)
-        if name != "ternary":  # spare the second compilation
-            # It is the orthogonal projection onto q, so its own transpose.
-            transposed = jax.jit(lambda w, ct: jax.vjp(qset.project, w)[1](ct)[0])(w, tangent)
-            np.testing.assert_allclose(transposed, derivative, atol=1e-12)
+        _, _, derivative, transposed = in_float64(w, tangent)[name]
+        moved = [in_float64(w + s * tangent, tangent)[name][1] for s in (step, -step)]
+    ahead, behind = map(np.asarray, moved)
+    np.testing.assert_allclose(derivative, (ahead - behind) / (2 * step), atol=1e-6)
+    # It is the orthogonal projection onto q, so its own transpose.
+    np.testing.assert_allclose(transposed, derivative, atol=1e-12)
 
 
 def test_derivative_at_zero_weights_is_zero_and_not_nan():

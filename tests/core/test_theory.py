@@ -34,26 +34,29 @@ every_set = pytest.mark.parametrize("qset", SETS)
 every_problem = pytest.mark.parametrize("problem", PROBLEMS)
 
 
-@functools.cache
-def compiled(qset, from_params):
+def train(qset, matrix, minimum, start, rates, lams, from_params):
+    base = optax.sgd(lambda count: rates[count])
     rules = brx.select(("", SETS[qset]))
+    optimizer = brx.binary_relax(base, rules, lambda count: lams[count])
 
-    def train(matrix, minimum, start, rates, lams):
-        base = optax.sgd(lambda count: rates[count])
-        optimizer = brx.binary_relax(base, rules, lambda count: lams[count])
+    def step(carry, _):
+        w, state = carry
+        state = jax.lax.cond(from_params, lambda: brx.with_float_params(state, w), lambda: state)
+        updates, state = optimizer.update(matrix @ (w - minimum), state, w)
+        w = optax.apply_updates(w, updates)
+        read = brx.float_params(state, w), brx.quantized_params(state, w)
+        return (w, state), (w, *read)
 
-        def step(carry, _):
-            w, state = carry
-            if from_params:
-                state = brx.with_float_params(state, w)
-            updates, state = optimizer.update(matrix @ (w - minimum), state, w)
-            w = optax.apply_updates(w, updates)
-            read = brx.float_params(state, w), brx.quantized_params(state, w)
-            return (w, state), (w, *read)
+    return jax.lax.scan(step, (start, optimizer.init(start)), None, STEPS)[1]
 
-        return jax.lax.scan(step, (start, optimizer.init(start)), None, STEPS)[1]
 
-    return jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None, None)))
+@jax.jit
+def train_all(*arguments):
+    """Every problem with every set, in one program: the searches are compiled together."""
+    axes = (0, 0, 0, None, None, None)
+    return {
+        qset: jax.vmap(functools.partial(train, qset), in_axes=axes)(*arguments) for qset in SETS
+    }
 
 
 @functools.cache
@@ -94,13 +97,18 @@ class Run(NamedTuple):
         return q * np.sum(q * x, axis=-1, keepdims=True) / np.sum(q * q, axis=-1, keepdims=True)
 
 
+TRACES = {}
+
+
 def run(qset, problem, rates, lams, from_params=False):
     matrices, minima, starts = map(np.asarray, PROBLEMS[problem])
-    rates, lams = np.broadcast_to(rates, STEPS), np.broadcast_to(lams, STEPS)
-    with jax.enable_x64(True):
-        arguments = (matrices, minima, starts, rates, np.asarray(lams, float))
-        trace = compiled(qset, from_params)(*map(jnp.asarray, arguments))
-    return Run(qset, matrices, minima, *map(np.asarray, trace), rates, lams)
+    rates, lams = (np.array(np.broadcast_to(x, STEPS), float) for x in (rates, lams))
+    key = problem, rates.tobytes(), lams.tobytes(), from_params
+    if key not in TRACES:
+        with jax.enable_x64(True):
+            arguments = map(jnp.asarray, (matrices, minima, starts, rates, lams, from_params))
+            TRACES[key] = jax.tree.map(np.asarray, train_all(*arguments))
+    return Run(qset, matrices, minima, *TRACES[key][qset], rates, lams)
 
 
 @every_problem

@@ -168,7 +168,7 @@ def train_linen():
 
 
 def nnx_model():
-    model = Nnx(nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))  # its arrays are replaced
     nnx.update(model, nnx.State(jax.tree.map(jnp.copy, weights())))
     return model
 
@@ -204,7 +204,7 @@ DENSE = ("first", "second", "head")
 
 
 def equinox_model():
-    params, model = weights(), Equinox(jax.random.key(0))
+    params, model = weights(), eqx.filter_eval_shape(Equinox, jax.random.key(0))
     new = [params[name]["kernel"].T for name in DENSE]
     new += [params[name]["bias"] for name in (*DENSE, "norm")]
     new += [params["norm"]["scale"], params["embed"]["embedding"]]
