@@ -52,12 +52,10 @@ def quickly_compiled(compiled_programs):
 
 
 @pytest.fixture(scope="module")
-def runs_share():
-    """What the runs of a module share: those of equal settings are traced once, though they start
-    from other weights or end in another directory; and their pictures are composed but not drawn.
+def traced_once():
+    """Runs of equal settings are traced once, though they start from other weights or end in
+    another directory.
     """
-    from matplotlib.figure import Figure
-
     from examples.train import loop
 
     trainers, new = {}, loop.Trainer
@@ -73,5 +71,14 @@ def runs_share():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Trainer", trainer)
+        yield
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Pictures are composed but not drawn."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda *_, **__: None)
         yield

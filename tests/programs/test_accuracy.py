@@ -45,7 +45,7 @@ def results(directory="."):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(quickly_compiled):
+def cache(quickly_compiled, traced_once):
     return quickly_compiled
 
 

@@ -39,7 +39,7 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(quickly_compiled, runs_share):
+def cache(quickly_compiled, traced_once, undrawn):
     return quickly_compiled
 
 

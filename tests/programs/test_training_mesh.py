@@ -41,7 +41,7 @@ def process(devices: int, out: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(quickly_compiled, runs_share):
+def cache(quickly_compiled, traced_once, undrawn):
     return quickly_compiled
 
 
