@@ -1,6 +1,9 @@
 """What all tests share."""
 
 import contextlib
+import copy
+import dataclasses
+import gc
 
 import jax
 import pytest
@@ -32,6 +35,7 @@ def compiled_programs(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
+    gc.freeze()  # what was imported stays: a collection need not go through it
     with configured(**settings):
         yield {name.upper(): str(value) for name, value in settings.items()}
 
@@ -45,3 +49,36 @@ def quickly_compiled(compiled_programs):
     with configured(jax_disable_most_optimizations=True):
         yield compiled_programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
     jax.clear_caches()  # they do not tell the two kinds apart
+
+
+@pytest.fixture(scope="module")
+def traced_once():
+    """Runs of equal settings are traced once, though they start from other weights or end in
+    another directory.
+    """
+    from examples.train import loop
+
+    trainers, new = {}, loop.Trainer
+
+    def trainer(config, data):
+        start = config.warm_start and "another run"  # its default strengths are others
+        key = dataclasses.replace(config, out=None, warm_start=start)
+        if key not in trainers:
+            trainers[key] = new(config, data)
+        shared = copy.copy(trainers[key])
+        shared.config, shared.data = config, data
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Trainer", trainer)
+        yield
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Pictures are composed but not drawn."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *_, **__: None)
+        yield

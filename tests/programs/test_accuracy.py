@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from examples.runs import studies
 from examples.runs.log import read
 from examples.runs.studies import sha256_of_json
 from examples.train import loop
+from tests.helpers import forked
 from tests.helpers.killed import change
 from tests.helpers.tiny_grid import (
     CONNECT,
@@ -45,7 +45,7 @@ def results(directory="."):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(quickly_compiled):
+def cache(quickly_compiled, traced_once):
     return quickly_compiled
 
 
@@ -93,17 +93,13 @@ def trained(monkeypatch):
 # Interruptions.
 
 
-def test_what_was_killed_and_interrupted_goes_on(whole, empty, cache, trained, monkeypatch):
+def test_what_was_killed_and_interrupted_goes_on(
+    whole, empty, trained, tmp_path_factory, monkeypatch
+):
     """By SIGKILL while a checkpoint is saved; then between a run's result and its line."""
-    environment = os.environ | cache | {"PYTHONPATH": str(Path(accuracy.__file__).parents[2])}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.programs.test_accuracy",
-        f"os.rename .*{CONNECT}.*/2[.]",
-    ]
-    killed = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:].decode()
+    printed = tmp_path_factory.mktemp("killed")
+    status = forked.run(printed, killed, f"os.rename .*{CONNECT}.*/2[.]")
+    assert status == -signal.SIGKILL, (printed / "printed").read_text()[-2000:]
     assert list(results()) == [START]
     with monkeypatch.context() as patch:
         patch.setattr(Results, "add", interrupt)
@@ -405,7 +401,3 @@ def killed(pattern):
 
     sys.addaudithook(hook)
     return grid()
-
-
-if __name__ == "__main__":
-    sys.exit(killed(sys.argv[1]))

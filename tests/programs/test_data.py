@@ -94,10 +94,41 @@ def test_too_few_examples_to_hold_out(tiny_tfds, monkeypatch):
         data.load("cifar100", validation=0.1)
 
 
+@pytest.mark.parametrize("validation", [0.0, 0.25])
+def test_a_part_is_the_same_and_only_it_is_decoded(validation, tiny_tfds, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds))
+    whole = data.load("mnist", 16, validation)
+    decoded, resized = [], data._resized
+    monkeypatch.setattr(data, "_resized", lambda *image: decoded.append(0) or resized(*image))
+    part = data.load("mnist", 16, validation, train_examples=6)
+    held_out = int(validation * tiny.TRAIN)
+    assert len(decoded) == 6 + held_out + tiny.TEST
+    kept = np.random.default_rng(data.SPLIT_SEED).permutation(tiny.TRAIN - held_out)[:6]
+    for found, expected in (
+        (part.train, whole.train[kept]),
+        (part.validation, whole.validation),
+        (part.test, whole.test),
+    ):
+        np.testing.assert_array_equal(found.images, expected.images)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+    assert len(data.load("mnist", 16, validation, train_examples=99).train) == len(whole.train)
+
+
 def test_cifar10_if_it_is_there():
     try:
-        cifar = data.load("cifar10", image_size=16, train_examples=100, progress=False)
+        cifar = data.load("cifar10", image_size=16, train_examples=1000, progress=False)
     except FileNotFoundError:
         pytest.skip("CIFAR-10 is not prepared on this machine: README says how to download it")
-    assert cifar.train.images.shape == (100, 16, 16, 3)
-    assert len(cifar.test) == 10000
+    assert cifar.train.images.shape == (1000, 16, 16, 3)
+    assert cifar.test.images.shape == (10000, 16, 16, 3)
+    assert np.bincount(cifar.test.labels).tolist() == [1000] * 10
+    assert np.all(abs(np.bincount(cifar.train.labels) - 100) < 50)
+    mean, deviation = cifar.channel_moments  # those of CIFAR-10, the deviations of smaller images
+    np.testing.assert_allclose(mean / 255, [0.491, 0.482, 0.447], atol=0.02)
+    assert np.all((deviation > 50) & (deviation < 70))
+    source = data.Encoded(data._builder("cifar10"), "train")
+    assert len(source) == 50000
+    kept = np.random.default_rng(data.SPLIT_SEED).permutation(50000)[:100]
+    again = source.decoded(16, progress=False, indices=kept)
+    np.testing.assert_array_equal(again.images, cifar.train.images[:100])
+    np.testing.assert_array_equal(again.labels, cifar.train.labels[:100])

@@ -16,6 +16,7 @@ from examples.runs import events, plots, report
 from examples.runs.log import Log, read
 from examples.runs.progress import Progress
 from examples.train import __main__ as train
+from examples.train import loop
 from examples.train.checkpoints import Checkpoints
 from examples.train.config import Config
 from examples.train.data import load as data
@@ -29,7 +30,7 @@ TINY = Config(epochs=2, batch=64, train_examples=256, validation=0.2, statistics
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(quickly_compiled):
+def compile_once(quickly_compiled, traced_once):
     """The runs here are many and alike."""
     return quickly_compiled
 
@@ -56,7 +57,7 @@ def relaxed_run(digits, float_run, tmp_path_factory) -> Config:
 
 @pytest.fixture(scope="module")
 def trainer(digits, relaxed_run) -> Trainer:
-    return Trainer(relaxed_run, digits)
+    return loop.Trainer(relaxed_run, digits)
 
 
 # Models.

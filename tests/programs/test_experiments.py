@@ -19,7 +19,7 @@ from examples import experiments
 from examples.runs import report
 from examples.runs.log import Log, read
 from examples.train import __main__ as train
-from examples.train import cli
+from examples.train import cli, loop
 from examples.train.checkpoints import Checkpoints
 from examples.train.data import load as data
 from examples.train.data.splits import Split
@@ -42,7 +42,7 @@ PARAMETERS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(quickly_compiled):
+def cache(quickly_compiled, traced_once, undrawn):
     return quickly_compiled
 
 
@@ -257,7 +257,7 @@ def last_state(arguments):
     config = cli.parse(arguments)[0]
     loaded = data.load(config.dataset, config.image_size, stream=config.stream)
     _, state = Checkpoints(config.directory).restore(
-        Trainer(config, loaded).abstract_state(), config
+        loop.Trainer(config, loaded).abstract_state(), config
     )
     return state
 

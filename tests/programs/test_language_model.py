@@ -1,5 +1,6 @@
 """The language model example: model, networks, what a run keeps, and what it refuses."""
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -15,7 +16,6 @@ import brelax_jax as brx
 from examples.language_model import __main__ as language_model
 from examples.language_model import networks as language_networks
 from examples.language_model import text
-from examples.language_model import trainer as language_trainer
 from examples.language_model.config import SETS, Settings
 from examples.language_model.report import row, spread
 from examples.language_model.seeds import Seed, measured
@@ -62,17 +62,22 @@ def relaxed(trainer, start):
 
 
 @pytest.fixture(scope="module")
-def program(made, quickly_compiled):
-    """The program with its data made, and without the network that takes long to compile."""
-    networks = language_trainer.networks
+def program(made, trainer):
+    """The program with its data made, with functions that are traced once, and without the network
+    that takes long to compile.
+    """
 
     def run(*arguments, without=("BinaryConnect",)):
-        def fewer(settings):
-            return {n: each for n, each in networks(settings).items() if n not in without}
+        def shared(settings, text):
+            if settings != TINY:
+                return Trainer(settings, text)
+            fewer = copy.copy(trainer)
+            fewer.networks = {n: v for n, v in trainer.networks.items() if n not in without}
+            return fewer
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(language_model, "load", lambda: made)
-            patch.setattr(language_trainer, "networks", fewer)
+            patch.setattr(language_model, "Trainer", shared)
             return language_model.main([*OPTIONS, "--quiet", *arguments])
 
     return run

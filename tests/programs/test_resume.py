@@ -22,11 +22,12 @@ from tensorboardX.proto.event_pb2 import Event
 from examples.runs import events
 from examples.runs.log import Log, read
 from examples.train import __main__ as train
-from examples.train import cli
+from examples.train import cli, loop
 from examples.train.checkpoints import Checkpoints, sha256
 from examples.train.config import Config
 from examples.train.data import load as data
 from examples.train.steps import Trainer, TrainState
+from tests.helpers import forked, killed
 from tests.helpers.killed import TINY
 
 CLOCK = ("seconds", "images_per_second")
@@ -38,7 +39,7 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(quickly_compiled):
+def cache(quickly_compiled, traced_once, undrawn):
     return quickly_compiled
 
 
@@ -59,7 +60,7 @@ def uninterrupted(start, tmp_path_factory) -> Config:
 @pytest.fixture(scope="module")
 def trainer(uninterrupted) -> Trainer:
     config = uninterrupted
-    return Trainer(
+    return loop.Trainer(
         config, data.load("digits", None, config.validation, config.train_examples, progress=False)
     )
 
@@ -68,27 +69,22 @@ def arguments(out, start):
     return ["--out", str(out), "--warm-start", start, *SETTINGS]
 
 
-def settled(out, start, *more) -> Config:
-    """The configuration of a run, when it has ended."""
-    assert train.main([*arguments(out, start), *more]) == 0
+def settled(out, start) -> Config:
+    """The configuration of a run, when it has ended, here or where it was killed."""
+    assert train.main(going_on(out, start)) == 0
     return cli.parse(arguments(out, start))[0]
 
 
-def command(out, start, nth=0, pattern="."):
-    """Starts or resumes the run in a process that is killed there."""
-    resume = ["--resume"] if Log(out).path.exists() else []
-    run = [*arguments(out, start), *resume]
-    return [sys.executable, "-m", "tests.helpers.killed", str(nth), pattern, *run]
+def going_on(out, start):
+    """The arguments that start or resume the run."""
+    return [*arguments(out, start), *(["--resume"] if Log(out).path.exists() else [])]
 
 
-def kill(out, start, cache, nth, pattern):
+def kill(out, start, nth, pattern):
     """Starts or resumes the run; whether it was killed."""
-    environment = os.environ | cache
-    done = subprocess.run(
-        command(out, start, nth, pattern), env=environment, capture_output=True, check=False
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:].decode()
-    return done.returncode != 0
+    status = forked.run(out.parent, killed.main, nth, pattern, *going_on(out, start))
+    assert status in (0, -signal.SIGKILL), (out.parent / "printed").read_text()[-2000:]
+    return status != 0
 
 
 def check_same(config, uninterrupted, trainer):
@@ -137,13 +133,13 @@ def points(config):
 # Kills.
 
 
-def test_two_kills_one_of_them_during_a_save(start, uninterrupted, trainer, cache, tmp_path):
+def test_two_kills_one_of_them_during_a_save(start, uninterrupted, trainer, tmp_path):
     out = tmp_path / "run"
     steps = 15
-    assert kill(out, start, cache, random.Random(0).randrange(1, steps), "open .*/log.jsonl")
-    assert kill(out, start, cache, 1, "os.rename .*/4.orbax-checkpoint-tmp$")
+    assert kill(out, start, random.Random(0).randrange(1, steps), "open .*/log.jsonl")
+    assert kill(out, start, 1, "os.rename .*/4.orbax-checkpoint-tmp$")
     assert (out / "checkpoints" / "4.orbax-checkpoint-tmp").is_dir()
-    check_same(settled(out, start, "--resume"), uninterrupted, trainer)
+    check_same(settled(out, start), uninterrupted, trainer)
 
 
 @pytest.mark.soak
@@ -159,9 +155,8 @@ def test_twenty_kills(start, uninterrupted, trainer, cache, tmp_path):
                 kills[kind] += kill_by_clock(out, start, cache, rng.randrange(25), rng.random())
             else:
                 pattern, changes = {"any": (".", 100), "save": ("checkpoint-tmp", 60)}[kind]
-                kills[kind] += kill(out, start, cache, rng.randint(1, changes), pattern)
-        resume = ["--resume"] if Log(out).path.exists() else []
-        check_same(settled(out, start, *resume), uninterrupted, trainer)
+                kills[kind] += kill(out, start, rng.randint(1, changes), pattern)
+        check_same(settled(out, start), uninterrupted, trainer)
         if sum(kills.values()) >= 20:
             break
     assert min(kills.values()) >= 5
@@ -173,9 +168,8 @@ def kill_by_clock(out, start, cache, lines, share):
     """
     path = Log(out).path
     before = written(path)
-    with subprocess.Popen(
-        command(out, start), env=os.environ | cache, stdout=subprocess.DEVNULL
-    ) as process:
+    command = [sys.executable, "-m", "tests.helpers.killed", "0", ".", *going_on(out, start)]
+    with subprocess.Popen(command, env=os.environ | cache, stdout=subprocess.DEVNULL) as process:
         while lines and process.poll() is None and written(path) < before + lines:
             time.sleep(0.001)
         time.sleep(0.02 * share if lines else 8 * share)
@@ -197,7 +191,7 @@ def test_killed_before_the_first_checkpoint(start, uninterrupted, trainer, tmp_p
     last.rename(last.with_name("2.orbax-checkpoint-tmp"))
     halve(Log(config.out).path)
     halve(next(Path(config.out).glob(events.FILES)))
-    check_same(settled(config.out, start, "--resume"), uninterrupted, trainer)
+    check_same(settled(config.out, start), uninterrupted, trainer)
 
 
 def test_killed_between_the_last_checkpoint_and_the_result(start, uninterrupted, trainer, tmp_path):
@@ -205,7 +199,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(start, uninterrupted,
     path = Log(config.out).path
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + lines[-1][:20])
-    check_same(settled(config.out, start, "--resume"), uninterrupted, trainer)
+    check_same(settled(config.out, start), uninterrupted, trainer)
 
 
 def test_killed_while_the_oldest_checkpoint_was_removed(start, uninterrupted, trainer, tmp_path):
@@ -215,7 +209,7 @@ def test_killed_while_the_oldest_checkpoint_was_removed(start, uninterrupted, tr
     shutil.rmtree(checkpoints / "2" / "model")
     (checkpoints / "2" / "_CHECKPOINT_METADATA").unlink()
     shutil.rmtree(checkpoints / "5")
-    check_same(settled(config.out, start, "--resume"), uninterrupted, trainer)
+    check_same(settled(config.out, start), uninterrupted, trainer)
 
 
 def test_tensorboard_shows_what_was_logged(uninterrupted):

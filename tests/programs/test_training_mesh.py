@@ -7,8 +7,6 @@ with two, and this one with one.
 import functools
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,10 +16,11 @@ import pytest
 
 from examples.runs.log import Log, read
 from examples.train import __main__ as train
-from examples.train import cli
+from examples.train import cli, loop
 from examples.train.checkpoints import Checkpoints
 from examples.train.data import load as data
 from examples.train.steps import Trainer
+from tests.helpers import forked
 from tests.helpers.killed import TINY
 
 SETTINGS = [
@@ -35,18 +34,14 @@ MESHES = ["1x1"] if jax.device_count() == 1 else ["1x4", "2x1"]
 def process(devices: int, out: Path) -> None:
     """Runs these tests where there are so many devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", RUN: str(out)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    environ = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", RUN: str(out)}
+    options = ["-q", "-n0", "-p", "no:cacheprovider", __file__]
+    status = forked.run(out.parent, pytest.main, options, **environ)
+    assert status == 0, (out.parent / "printed").read_text()[-5000:]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(quickly_compiled):
+def cache(quickly_compiled, traced_once, undrawn):
     return quickly_compiled
 
 
@@ -63,7 +58,7 @@ def on_eight(tmp_path_factory) -> Path:
 @functools.cache
 def trainer_on(mesh: str) -> Trainer:
     config, _ = cli.parse([*SETTINGS, "--mesh", mesh])
-    return Trainer(config, data.load("digits", None, config.validation, config.train_examples))
+    return loop.Trainer(config, data.load("digits", None, config.validation, config.train_examples))
 
 
 def restored(trainer: Trainer, out: Path):

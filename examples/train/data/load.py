@@ -5,17 +5,16 @@ memory if it is small.
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from examples.runs import datasets
-from examples.train.data.splits import AnySplit, Split, Stream, centre_box, resized
+from examples.train.data.splits import AnySplit, Indices, Split, Stream, centre_box, resized
 
 SPLIT_SEED = 0  # the same splits for every run, whatever its seed
 IN_MEMORY = 4 * 2**30  # bytes of training images, decoded, beyond which they are not kept
@@ -61,6 +60,51 @@ class Data:
         return mean.astype(np.float32), np.sqrt(weights @ values**2 - mean**2).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A split of a prepared dataset that is to be in memory, before its images are decoded."""
+
+    builder: Any
+    split: str
+
+    def __len__(self) -> int:
+        return self.builder.info.splits[self.split].num_examples
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """Those of all images, in their order."""
+        rows = _rows(_encoded(self.builder, self.split), np.arange(len(self)))
+        return np.array([row["label"] for row in rows], np.int32)
+
+    def decoded(self, side: int | None, progress: bool, indices: Indices | None = None) -> Split:
+        """Some of the images, or all, as squares of this side."""
+        if indices is None:
+            indices = np.arange(len(self))
+        images, labels = [], []
+        with tqdm(
+            total=len(indices),
+            desc=f"{self.builder.name} {self.split}",
+            unit="img",
+            disable=None if progress else True,
+        ) as bar:
+            for row in _rows(self.builder.as_data_source(split=self.split), indices):
+                labels.append(row["label"])
+                images.append(_resized(row["image"], side))
+                bar.update()
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(
+                f"The images of {self.builder.name!r} differ in size: give one, as in "
+                "--image-size 224."
+            )
+        return Split(np.stack(images), np.array(labels, np.int32))
+
+
+def _rows(source: Any, indices: Indices, chunk: int = 500) -> Iterator[dict[str, Any]]:
+    """Records by their indices, read some at a time."""
+    for start in range(0, len(indices), chunk):
+        yield from source.__getitems__(indices[start : start + chunk].tolist())
+
+
 def load(
     name: str,
     image_size: int | None = None,
@@ -86,12 +130,13 @@ def load(
       FileNotFoundError: if it has to be prepared first; the message says how.
     """
     if name != "digits":
-        train, test, classes = _tfds(name, image_size, progress, stream)
+        part = train_examples is not None
+        train, test, classes = _tfds(name, image_size, progress, stream, part)
     elif stream == "yes":
         raise ValueError("--stream yes: the digits are always in memory; give a TFDS dataset.")
     else:
         train, test, classes = _digits(image_size)
-    held_out = train.part(np.arange(0))
+    kept, held_out = np.arange(len(train)), np.arange(0)
     if validation:
         few = int(validation * len(train))
         if few < classes:
@@ -99,34 +144,46 @@ def load(
                 f"--validation {validation} holds {few} of {len(train)} examples out, fewer than "
                 f"the {classes} classes: hold out more of them, or 0."
             )
-        train, held_out = _divided(train, validation)
-    if train_examples is not None and train_examples < len(train):
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
-        train = train.part(order[:train_examples])
-    return Data(train, held_out, test, classes)
+        kept, held_out = _divided(train, validation)
+    if train_examples is not None and train_examples < len(kept):
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(kept))
+        kept = kept[order[:train_examples]]
+    if isinstance(train, Encoded):
+        train = train.decoded(image_size, progress, np.concatenate([kept, held_out]))
+        kept, held_out = np.split(np.arange(len(train)), [len(kept)])
+    validating = train.part(held_out)
+    return Data(train.part(kept) if len(kept) < len(train) else train, validating, test, classes)
 
 
-def _divided(split: AnySplit, share: float) -> tuple[AnySplit, AnySplit]:
-    """Two parts, with the same share of every class where labels are in memory."""
-    labels = split.labels if isinstance(split, Split) else None
+def _divided(split: AnySplit | Encoded, share: float) -> tuple[Indices, Indices]:
+    """The indices of two parts, with the same share of every class where labels are in memory."""
+    from sklearn.model_selection import train_test_split
+
+    labels = None if isinstance(split, Stream) else split.labels
     kept, held_out = train_test_split(
         np.arange(len(split)), test_size=share, stratify=labels, random_state=SPLIT_SEED
     )
-    return split.part(np.sort(kept)), split.part(np.sort(held_out))
+    return np.sort(kept), np.sort(held_out)
 
 
-def _digits(image_size: int | None) -> tuple[AnySplit, AnySplit, int]:
+def _digits(image_size: int | None) -> tuple[Split, Split, int]:
     """1,797 handwritten digits of 8 by 8 pixels, a quarter of them for the test."""
+    from sklearn.datasets import load_digits
+
     digits: Any = load_digits()
     images = (digits.images * 255 / 16).round().astype(np.uint8)[..., None]
     images = np.stack([_resized(image, image_size) for image in images])
-    train, test = _divided(Split(images, digits.target.astype(np.int32)), 0.25)
-    return train, test, 10
+    everything = Split(images, digits.target.astype(np.int32))
+    train, test = _divided(everything, 0.25)
+    return everything[train], everything[test], 10
 
 
 def _tfds(
-    name: str, image_size: int | None, progress: bool, stream: str
-) -> tuple[AnySplit, AnySplit, int]:
+    name: str, image_size: int | None, progress: bool, stream: str, part: bool
+) -> tuple[AnySplit | Encoded, AnySplit, int]:
+    """The splits and the number of classes; if only a part of the training split will be used, it
+    is not decoded yet.
+    """
     builder = _builder(name)
     splits, features = builder.info.splits, builder.info.features
     held_out = next((s for s in ("test", "validation") if _has_labels(builder, s)), None)
@@ -137,11 +194,14 @@ def _tfds(
     if stream == "auto":
         decoded = splits["train"].num_examples * math.prod(_shape(builder, image_size or 224))
         stream = "yes" if decoded > IN_MEMORY else "no"
+    classes = features["label"].num_classes
     if stream == "yes":
-        parts = [_streamed(builder, split, image_size) for split in ("train", held_out)]
-    else:
-        parts = [_decoded(builder, split, image_size, progress) for split in ("train", held_out)]
-    return parts[0], parts[1], features["label"].num_classes
+        train, test = (_streamed(builder, split, image_size) for split in ("train", held_out))
+        return train, test, classes
+    train = Encoded(builder, "train")
+    if not part:
+        train = train.decoded(image_size, progress)
+    return train, Encoded(builder, held_out).decoded(image_size, progress), classes
 
 
 def _builder(name: str) -> Any:
@@ -197,30 +257,6 @@ def _streamed(builder: Any, split: str, image_size: int | None) -> Stream:
     source = _encoded(builder, split)
     name = f"the {split} split of {builder.name}"
     return Stream(name, source, side, channels, np.arange(len(source)))
-
-
-def _decoded(
-    builder: Any, split: str, image_size: int | None, progress: bool, chunk: int = 500
-) -> Split:
-    """All images of a split, decoded once."""
-    source = builder.as_data_source(split=split)
-    images, labels = [], []
-    with tqdm(
-        total=len(source),
-        desc=f"{builder.name} {split}",
-        unit="img",
-        disable=None if progress else True,
-    ) as bar:
-        for start in range(0, len(source), chunk):
-            rows = source.__getitems__(list(range(start, min(start + chunk, len(source)))))
-            labels.extend(row["label"] for row in rows)
-            images.extend(_resized(row["image"], image_size) for row in rows)
-            bar.update(len(rows))
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(
-            f"The images of {builder.name!r} differ in size: give one, as in --image-size 224."
-        )
-    return Split(np.stack(images), np.array(labels, np.int32))
 
 
 def _resized(image: NDArray[np.uint8], side: int | None) -> NDArray[np.uint8]:
