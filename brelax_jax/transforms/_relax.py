@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax._envelope import strength_of
@@ -193,9 +193,7 @@ def _update(
         grads, state.base_state, with_leaves(params, before), **extra
     )
     moved = map_quantized(
-        lambda u, y: (y + jnp.where(are_read, u, 0)).astype(y.dtype),
-        base_updates,
-        state.float_params,
+        lambda u, y: _sum(y, jnp.where(are_read, u, 0)), base_updates, state.float_params
     )
     floats = {path: leaf for path, leaf in leaves_with_paths(moved) if path in sets}
     fits = fit_leaves(sets, floats, given, last)
@@ -220,6 +218,19 @@ def _update(
         updates_on_grid=jnp.where(step.exact, jnp.minimum(state.updates_on_grid + 1, LANDING), 0),
         sets=Assignment(settings.selection, tuple(sets.items())),
     )
+
+
+def _sum(y: Array, u: Array) -> Array:
+    """y + u in y's dtype, rounded to it.
+
+    XLA may leave out that rounding where what follows is computed in float32, as the codes of this
+    update are. But they must be those of the float weights that are stored.
+    """
+    if y.dtype != jnp.bfloat16:
+        return (y + u).astype(y.dtype)
+    info = jnp.finfo(y.dtype)
+    exact = y.astype(jnp.float32) + u.astype(jnp.float32)
+    return lax.reduce_precision(exact, info.nexp, info.nmant).astype(y.dtype)
 
 
 def _step(settings: _Settings, state: BinaryRelaxState) -> tuple[Array, Step]:
