@@ -15,7 +15,7 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     [((3, 3, 4, 8), False), ((1, 3, 1, 2), True)],
 )
 def test_kernels_start_as_flax_draws_them(shape, partitionable):
-    """In shapes that XLA compiles fast."""
+    """To rounding, which versions of Flax do differently; in shapes that XLA compiles fast."""
     with jax.threefry_partitionable(partitionable):
         ours, theirs = (init(jax.random.key(3), shape) for init in (conv_init, HE))
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(ours, theirs, rtol=3e-7)
