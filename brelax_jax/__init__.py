@@ -38,9 +38,11 @@ from brelax_jax.transforms import binary_relax as binary_relax
 from brelax_jax.transforms import float_params as float_params
 from brelax_jax.transforms import parq as parq
 from brelax_jax.transforms import quantized_params as quantized_params
+from brelax_jax.transforms import quantized_tree as quantized_tree
 from brelax_jax.transforms import relax_params as relax_params
 from brelax_jax.transforms import strength as strength
 from brelax_jax.transforms import with_float_params as with_float_params
+from brelax_jax.transforms import with_rules as with_rules
 
 __version__ = "0.1.0"
 __revision__ = 1  # of the algorithm: raised when the same settings train to other weights

@@ -11,7 +11,8 @@ from brelax_jax.sets._levels import shift_of
 
 def strength_of(lam: ArrayLike) -> Array:
     """α = 1/(1 + 1/λ) = λ/(λ + 1), exact at both ends: 0 at λ = 0 and 1 at λ = ∞."""
-    return 1 / (1 + 1 / jnp.asarray(lam))
+    with jax.debug_infs(False):  # 1/0 on the way is no fault
+        return 1 / (1 + 1 / jnp.asarray(lam))
 
 
 def blend(y: Array, projection: Array, alpha: Array) -> Array:

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax._envelope import norm, strength_of
 from brelax_jax._tree import fold_leaves
 from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax.sets._levels import shift_of
+from brelax_jax.transforms._accessors import quantized_leaves
 from brelax_jax.transforms._leaf import codes_of
-from brelax_jax.transforms._state import quantized_leaves
 
 
 class LeafMetrics(NamedTuple):
@@ -74,13 +76,15 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
         """Distance, occupancy and flips, from the float weights, their fit and the last codes."""
         qset, (y, fit, last) = leaves[path].qset, arrays
         codes = codes_of(qset, y, fit)
-        flips = None if last is None else _share(qset, codes != last)
+        [started] = jax.tree.leaves(leaves[path].state.started)
+        flips = None if last is None else _share(qset, (codes != last) & started)
         return _relative_distance(qset, y, fit), _occupancy(qset, codes), flips
 
     arrays = {path: (leaf.y, leaf.fit, leaf.codes) for path, leaf in leaves.items()}
     found: dict[str, LeafMetrics] = {}
     for path, (distance, occupancy, flips) in fold_leaves(measured, arrays).items():
-        lam, scale = leaves[path].state.lam, leaves[path].fit.scale
+        [lam], scale = jax.tree.leaves(leaves[path].state.lam), leaves[path].fit.scale
+        lam = jnp.where(lam < jnp.finfo(lam.dtype).max, lam, jnp.inf)
         found[path] = LeafMetrics(lam, strength_of(lam), distance, occupancy, scale, flips)
     return found
 
@@ -112,7 +116,10 @@ def _relative_distance(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
     far, length = (whole.sum(jnp.square(x)).reshape(()) for x in (residual, y))
 
     def careful() -> Array:
-        far, length = norm(residual, whole), norm(y, whole)
+        largest = whole.max(jnp.abs(y), initial=0)
+        unit = jnp.where(largest > 0, largest, 1)
+        shift = shift_of(unit)
+        far, length = (norm((x * shift) / (unit * shift), whole) for x in (residual, y))
         return jnp.where(length == 0, 0, far / jnp.where(length == 0, 1, length))
 
     plain = (length > 1e-25) & (length < 1e30) & (far < 1e30)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from brelax_jax._envelope import blend, strength_of
 from brelax_jax.sets import Fit, QuantizedSet, compute_dtype
+from brelax_jax.sets._base import fit_finely
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ProximalMap(abc.ABC):
         """
         y = qset._checked(y)
         constant = lax.stop_gradient(y)
-        fit = qset.fit(constant)
+        fit = fit_finely(qset, constant)
         projection = qset.place(constant, fit).astype(y.dtype)  # as `project` rounds it
         compute = compute_dtype(y.dtype)
         alpha = strength_of(jnp.asarray(lam, compute))

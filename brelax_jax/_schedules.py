@@ -48,14 +48,14 @@ def geometric_continuation(
     if not (is_number(every) and every >= 1):
         raise ValueError(f"every must be at least 1 step, got {every!r}.")
     period = every if every <= np.iinfo(np.int32).max else np.inf  # the count's dtype holds no more
-    # growth^(2^k) for each bit k of a count: a float32 power is off by 1e-3 after 50,000 steps.
-    with np.errstate(over="ignore"):
-        factors = np.power(np.float64(growth), 2.0 ** np.arange(31)).astype(np.float32)
 
     def schedule(count: ArrayLike) -> Array:
         times = jnp.asarray(jnp.asarray(count) // period, jnp.int32)
         chosen = (times[..., None] >> np.arange(31)) & 1
-        return jnp.prod(jnp.where(chosen, factors, 1), axis=-1, initial=np.float32(init_value))
+        # growth^(2^k) for each bit k of a count: a float32 power is off by 1e-3 after 50,000 steps.
+        with np.errstate(over="ignore"):
+            factors = _floats(np.power(np.float64(growth), 2.0 ** np.arange(31)))
+        return jnp.prod(jnp.where(chosen, factors, 1), axis=-1, initial=init_value)
 
     return schedule
 
@@ -79,10 +79,10 @@ def linear_continuation(steps: int) -> Callable[[ArrayLike], Array]:
     (0.0, 1.0, inf)
     """
     _check_steps(steps)
-    last = np.float32(steps)
 
     def schedule(count: ArrayLike) -> Array:
-        done = jnp.clip(jnp.asarray(count, jnp.float32), 0, last)
+        last = _floats(steps)
+        done = jnp.clip(_floats(count), 0, last)
         return done / (last - done)
 
     return schedule
@@ -221,4 +221,9 @@ def _check_steps(steps: int) -> None:
 
 def _share(count: ArrayLike, steps: int) -> Array:
     """count/steps, from 0 to 1."""
-    return jnp.clip(jnp.asarray(count, jnp.float32) / np.float32(steps), 0, 1)
+    return jnp.clip(_floats(count) / _floats(steps), 0, 1)
+
+
+def _floats(x: ArrayLike) -> Array:
+    """In JAX's default floating dtype: λ is as precise as the weights can be."""
+    return jnp.asarray(x, float)

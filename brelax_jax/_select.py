@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from brelax_jax._arguments import is_function
+from brelax_jax._kernels import is_kernel
 from brelax_jax._set_tree import check_structure, entries_of, nearest
-from brelax_jax._tree import leaves_with_paths, map_with_path
-from brelax_jax.sets import QuantizedSet, groups_of
-
-NOT_KERNELS = ("bias", "scale", "embedding")
+from brelax_jax._tree import leaves_with_paths, map_at, map_with_path
+from brelax_jax.sets import FLOATS, QuantizedSet, groups_of
 
 Key: TypeAlias = str | re.Pattern[str] | Callable[[str, Any], bool]
 Rule: TypeAlias = tuple[Key, QuantizedSet | None]
@@ -69,7 +68,36 @@ class Selection:
         for path, leaf in leaves:
             if path in found:
                 _check_quantizable(path, leaf, found[path])
+        if leaves and not found and any(math.prod(jnp.shape(leaf)) for _, leaf in leaves):
+            self._check_selects_nothing(entries, leaves)
         return found
+
+    def project(self, params: Any) -> Any:
+        """The params with every leaf that is to be quantized projected on its set.
+
+        For weights that are only to be rounded, without training.
+
+        Args:
+          params: a tree of arrays.
+
+        Raises:
+          ValueError: as `assign`.
+
+        >>> import brelax_jax as brx, jax.numpy as jnp
+        >>> brx.select(default=brx.Binary()).project({"kernel": jnp.array([[0.25, -0.75]])})
+        {'kernel': Array([[ 0.5, -0.5]], dtype=float32)}
+        """
+        return map_at(lambda w, qset: qset.project(w), params, self.assign(params))
+
+    def quantize(self, params: Any) -> Any:
+        """As `project`, with a `Quantized`, codes and scales, in the place of each such leaf.
+
+        >>> import brelax_jax as brx, jax.numpy as jnp
+        >>> rules = brx.select(default=brx.Binary())
+        >>> rules.quantize({"kernel": jnp.array([[0.25, -0.75]])})["kernel"].codes
+        Array([[ 1, -1]], dtype=int8)
+        """
+        return map_at(lambda w, qset: qset.quantize(w), params, self.assign(params))
 
     def mask(self, params: Any) -> Any:
         """The params' tree with True for every leaf that is to be quantized, else False.
@@ -97,6 +125,19 @@ class Selection:
     def has_functions(self) -> bool:
         """Whether a function of a user decides something."""
         return callable(self.tree) or any(callable(key) for key, _ in self.rules)
+
+    def _check_selects_nothing(self, entries: Any, leaves: Sequence[tuple[str, Any]]) -> None:
+        """Raises a ValueError if that is not what was asked for."""
+        given = [qset for _, qset in self.rules] if entries is None else [*entries.values()]
+        named = next((qset for qset in (*given, self.default) if qset is not None), None)
+        if named is not None:
+            raise ValueError(
+                f"{named} was given, but no leaf is selected for it. One set alone, or a default, "
+                "applies to kernels: floating leaves of rank 2 or more whose names are not those "
+                "of biases, scales, offsets, norms, embeddings, positions or tokens. For others "
+                "give rules, as in select((pattern, set)). The leaves are "
+                f"{', '.join(path for path, _ in leaves)}."
+            )
 
     def _entries(self, params: Any) -> Mapping[str, QuantizedSet | None] | None:
         """The tree's entries for these params; None where there are rules."""
@@ -140,8 +181,9 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
         `jax.ShapeDtypeStruct`. The first key that fits decides. It decides for every leaf that it
         fits, biases too. Or, alone: a function from params, as such structs, to a tree of sets and
         None.
-      default: the set of the *kernels* that no key fits: floating leaves of rank 2 or more whose
-        last name is not bias, scale or embedding. None leaves them as they are.
+      default: the set of the *kernels* that no key fits: floating leaves of rank 2 or more, told by
+        their names from biases, scales, offsets, norms, embeddings, positions and tokens
+        (docs/networks.md). None leaves them as they are.
 
     Returns:
       The rules, as every transformation of this library takes them in the place of one set.
@@ -149,7 +191,8 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
     Raises:
       ValueError: if a rule is not such a pair, or a pattern not a regular expression; at a
         transformation's `init`, if a pattern matches no leaf, a function returns something else,
-        or a rule gives a set to a leaf that is not floating or whose shape does not fit.
+        a rule gives a set to a leaf that is not floating or whose shape does not fit, or there is a
+        set but no leaf for it.
 
     The first convolution stays float, large leaves have 4 bits, every other kernel is ternary:
 
@@ -195,16 +238,6 @@ def as_selection(qset: Sets) -> Selection:
     if qset is None or not entries:
         raise ValueError(f"{kinds} and None like the params, got {qset!r}.")
     return Selection(tree=entries)
-
-
-def is_kernel(path: str, leaf: Any) -> bool:
-    """Whether one set, given alone, applies to this leaf."""
-    return (
-        jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        and jnp.ndim(leaf) >= 2
-        and math.prod(jnp.shape(leaf)) > 0
-        and path.rpartition("/")[2] not in NOT_KERNELS
-    )
 
 
 def _of_tree(
@@ -272,10 +305,11 @@ def _check_rule(rule: Any) -> None:
 
 
 def _check_quantizable(path: str, leaf: Any, qset: QuantizedSet) -> None:
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    if jnp.result_type(leaf).name not in FLOATS:
         raise ValueError(
             f"{path!r} is of dtype {jnp.result_type(leaf)}, but is selected for {qset}. "
-            "Only floating leaves can be quantized; put a rule that gives it None first."
+            f"Only leaves of {', '.join(FLOATS)} can be quantized; convert it, or put a rule that "
+            "gives it None first."
         )
     try:
         groups_of(qset.granularity, leaf)

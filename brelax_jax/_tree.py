@@ -39,12 +39,12 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
     """A tree with other leaves at some paths."""
-    return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+    return map_at(lambda _, leaf: leaf, tree, leaves)
 
 
-def map_quantized(function: Callable[..., Any], tree: Any, floats: Any) -> Any:
-    """function(leaf, y) of the leaves that have float weights y, the others as they are."""
-    return jax.tree.map(lambda leaf, y: leaf if is_masked(y) else function(leaf, y), tree, floats)
+def map_at(function: Callable[..., Any], tree: Any, at: Mapping[str, Any]) -> Any:
+    """function(leaf, at[path]) of the leaves whose paths are in `at`, the others as they are."""
+    return map_with_path(lambda path, leaf: function(leaf, at[path]) if path in at else leaf, tree)
 
 
 def is_masked(leaf: Any) -> bool:

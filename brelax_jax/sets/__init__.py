@@ -1,5 +1,6 @@
 """Where the weights must land: quantized sets, and which weights share a scale."""
 
+from brelax_jax.sets._base import FLOATS as FLOATS
 from brelax_jax.sets._base import Fit as Fit
 from brelax_jax.sets._base import QuantizedSet as QuantizedSet
 from brelax_jax.sets._base import compute_dtype as compute_dtype

@@ -14,10 +14,12 @@ from jax.typing import ArrayLike, DTypeLike
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import at_index, level_index
-from brelax_jax.sets._quantized import Quantized
+from brelax_jax.sets._levels import at_index, level_index, shift_of
+from brelax_jax.sets._quantized import Quantized, without_negative_zero
 from brelax_jax.sets._rules import least_squares_scale
 from brelax_jax.sets._search import Kept
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class Fit(NamedTuple):
@@ -62,6 +64,8 @@ class QuantizedSet:
             )
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
+        if is_number(self.tolerance):
+            object.__setattr__(self, "tolerance", float(self.tolerance))
         if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
             raise ValueError(
                 f"tolerance must be a number from 0 to less than 1, got {self.tolerance!r}."
@@ -82,6 +86,12 @@ class QuantizedSet:
     def magnitudes(self) -> tuple[float, ...]:
         """The nonnegative levels, ascending."""
         return tuple(level for level in self.levels if level >= 0)
+
+    @property
+    def _is_mean(self) -> bool:
+        """Whether the scale is a mean of magnitudes, by this library's own rules."""
+        least_squares = type(self).fit_groups is QuantizedSet.fit_groups
+        return least_squares and len(self.magnitudes) == 1
 
     def project(self, w: ArrayLike) -> Array:
         """argmin over u ∈ Q of ‖u − w‖².
@@ -141,7 +151,7 @@ class QuantizedSet:
         view, scale, cut = self._views(w, fit)
         a = jnp.abs(view)
         index = level_index(a, scale, self.magnitudes) if cut is None else (a > cut).astype(a.dtype)
-        index += len(self._table) - len(self.magnitudes)
+        index += len(self.table) - len(self.magnitudes)
         return jnp.where((view < 0) & (index > 0), -index, index).reshape(w.shape)
 
     def place(self, w: Array, fit: Fit) -> Array:
@@ -171,12 +181,12 @@ class QuantizedSet:
 
     def _at_unit_scale(self, w: Array, fit: Fit) -> Array:
         codes = self.codes(w, fit)
-        magnitude = at_index(jnp.abs(codes), self._table)
+        magnitude = at_index(jnp.abs(codes), self.table)
         return jnp.where(codes < 0, -magnitude, magnitude)
 
     @property
-    def _table(self) -> tuple[float, ...]:
-        """The magnitudes from 0 on, so that the sign of a code of a nonzero level is never lost."""
+    def table(self) -> tuple[float, ...]:
+        """What codes index: the magnitudes from 0 on, so that codes of other levels have a sign."""
         return self.magnitudes if self.magnitudes[0] == 0 else (0.0, *self.magnitudes)
 
     def _views(self, w: Array, fit: Fit) -> tuple[Array, Array, Array | None]:
@@ -191,9 +201,10 @@ class QuantizedSet:
 
     def _checked(self, w: ArrayLike) -> Array:
         w = jnp.asarray(w)
-        if not jnp.issubdtype(w.dtype, jnp.floating):
+        if w.dtype.name not in FLOATS:
             raise TypeError(
-                f"w must be of a floating dtype, got {w.dtype}; convert it, for example to float32."
+                f"w must be of a floating dtype, one of {', '.join(FLOATS)}, got {w.dtype}; "
+                "convert it, for example to float32."
             )
         groups_of(self.granularity, w)
         return w
@@ -213,16 +224,52 @@ def _fit(qset: QuantizedSet, w: Array, last: Fit | None) -> Fit:
     if last is None:
         fit = qset.fit_groups(view, groups.group)
     else:
-        kept = Kept(last.scale.reshape(groups.scale_view), qset.tolerance)
+        known = jnp.where(last.scale > 0, last.scale, jnp.nan)  # not in the first step
+        kept = Kept(known.reshape(groups.scale_view), qset.tolerance)
         fit = Fit(least_squares_scale(view, qset.magnitudes, groups.group, kept))
-    return jax.tree.map(lambda x: x.reshape(groups.scale), fit)
+    fit = jax.tree.map(lambda x: x.reshape(groups.scale), fit)
+    most = largest_scale(qset, w, fit.scale, w.dtype)
+    return fit if most is None else fit._replace(scale=jnp.minimum(fit.scale, most))
+
+
+def fit_finely(qset: QuantizedSet, w: Array) -> Fit:
+    """As `fit`, with two more reductions where a scale is a mean: a sum of many equal floats is off
+    by many roundings, and a point of Q is to be its own projection.
+    """
+    fit = qset.fit(w)
+    if w.size == 0 or not qset._is_mean:
+        return fit
+    groups = qset.granularity.groups(w.shape)
+    q = qset._at_unit_scale(w, fit).reshape(groups.view)
+    view, scale, _ = qset._views(w, fit)
+    unit = jnp.where(scale > 0, scale, 1)
+    shift = shift_of(unit)
+    norm = groups.group.sum(jnp.square(q))
+    gain = groups.group.sum(q * ((view * shift) / (unit * shift) - q))
+    refined = scale + scale * (gain / jnp.where(norm > 0, norm, 1))
+    return fit._replace(scale=refined.reshape(fit.scale.shape))
+
+
+def largest_scale(qset: QuantizedSet, w: Array, scale: Array, dtype: DTypeLike) -> Array | None:
+    """The largest scale at which the dtype holds the level of the largest weight of each group.
+
+    None for dtypes as wide as float32: no weights are that large.
+    """
+    if jnp.finfo(dtype).nexp >= jnp.finfo(jnp.float32).nexp or w.size == 0:
+        return None
+    groups = qset.granularity.groups(w.shape)
+    peak = groups.group.max(jnp.abs(w.astype(scale.dtype)).reshape(groups.view))
+    index = level_index(peak, scale.reshape(groups.scale_view), qset.magnitudes)
+    magnitude = at_index(index, qset.magnitudes).reshape(scale.shape)
+    most = float(jnp.finfo(dtype).max) * (1 - 2 * float(jnp.finfo(scale.dtype).eps))
+    return most / jnp.where(magnitude > 0, magnitude, 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantize(qset: QuantizedSet, w: Array) -> Quantized:
-    fit = qset.fit(w)
+    fit = fit_finely(qset, w)
     codes = qset.codes(w, fit).astype(jnp.int8)
-    return Quantized(codes, fit.scale, qset._table, jnp.dtype(w.dtype))
+    return Quantized(codes, fit.scale, qset.table, jnp.dtype(w.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -232,7 +279,7 @@ def _project(qset: QuantizedSet, w: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(qset: QuantizedSet, w: Array) -> Array:
-    return qset.place(w, qset.fit(w)).astype(w.dtype)
+    return without_negative_zero(qset.place(w, fit_finely(qset, w)).astype(w.dtype))
 
 
 @_differentiable.defjvp
@@ -241,10 +288,11 @@ def _project_jvp(
 ) -> tuple[Array, Array]:
     """With the codes q locally constant, the scale is ⟨q, w⟩/⟨q, q⟩, linear in w."""
     (w,), (tangent,) = primals, tangents
-    fit = qset.fit(w)
+    fit = fit_finely(qset, w)
     groups = qset.granularity.groups(w.shape)
     q = qset._at_unit_scale(w, fit).reshape(groups.view)
     along = groups.group.sum(q * tangent.astype(q.dtype).reshape(groups.view))
     norm = groups.group.sum(jnp.square(q))
     derivative = q * (along / jnp.where(norm > 0, norm, 1))
-    return qset.place(w, fit).astype(w.dtype), derivative.reshape(w.shape).astype(w.dtype)
+    projection = without_negative_zero(qset.place(w, fit).astype(w.dtype))
+    return projection, derivative.reshape(w.shape).astype(w.dtype)

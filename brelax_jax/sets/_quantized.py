@@ -13,14 +13,14 @@ from brelax_jax.sets._levels import at_index
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale"],
+    data_fields=["codes", "scale", "spacing"],
     meta_fields=["magnitudes", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """An array on a quantized set: sign(code) · magnitudes[|code|] · scale.
 
-    A pytree whose leaves are `codes` and `scale`.
+    A pytree whose leaves are `codes`, `scale` and, where there is one, `spacing`.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> quantized = brx.Ternary().quantize(jnp.array([0.1, -1.0, 3.0, 2.0]))
@@ -36,25 +36,37 @@ class Quantized:
       magnitudes: the nonnegative levels, ascending from 0 (which a set without the level 0 lists,
         but never uses).
       dtype: the weight's dtype.
+      spacing: as `scale`, the distance of the points to which weights are rounded; None for no
+        rounding. Params in training are, where the levels are no integers.
     """
 
     codes: Array
     scale: Array
     magnitudes: tuple[float, ...]
     dtype: DTypeLike
+    spacing: Array | None = None
 
     def dequantize(self) -> Array:
-        """The weights, of the codes' shape and of `dtype`; bit for bit what `project` returns."""
+        """The weights, of the codes' shape and of `dtype`.
+
+        Bit for bit what `project`, `quantized_params` or whatever else made this returns.
+        """
         codes = self.codes.astype(self.scale.dtype)
         magnitude = at_index(jnp.abs(codes), self.magnitudes)
-        return (jnp.where(codes < 0, -magnitude, magnitude) * self._expanded_scale()).astype(
-            self.dtype
-        )
+        w = jnp.where(codes < 0, -magnitude, magnitude) * self._expanded(self.scale)
+        if self.spacing is not None:
+            spacing = self._expanded(self.spacing)
+            w = jnp.round(w * (1 / spacing)) * spacing
+        return without_negative_zero(w.astype(self.dtype))
 
-    def _expanded_scale(self) -> Array:
-        """The scale, repeated along a block axis so that it broadcasts against the codes."""
-        scale = self.scale
+    def _expanded(self, scale: Array) -> Array:
+        """One entry per group, repeated along a block axis so that it broadcasts against codes."""
         for axis, (entries, groups) in enumerate(zip(self.codes.shape, scale.shape, strict=True)):
             if groups not in (1, entries):
                 scale = jnp.repeat(scale, entries // groups, axis=axis, total_repeat_length=entries)
         return scale
+
+
+def without_negative_zero(w: Array) -> Array:
+    """0 in the place of −0, which no sum of params and updates ends at."""
+    return jnp.where(w == 0, jnp.zeros_like(w), w)

@@ -43,7 +43,7 @@ def least_squares_scale(
 
 def mean_magnitude(w: Array, group: Group) -> Array:
     """The mean of |w| over each group; if the plain sum overflows, by other passes."""
-    size = group.size(w)
+    size = float(group.size(w))  # 2^32 is no int32
     total = group.sum(jnp.abs(w))
     return lax.cond(
         jnp.all(jnp.isfinite(total)),

@@ -39,7 +39,7 @@ class Kept(NamedTuple):
     """The scales of weights from which the present ones came by a small step.
 
     Attributes:
-      scale: of the shape of a group's sums.
+      scale: of the shape of a group's sums; NaN where there is none.
       tolerance: how far the squared error may be above the least one, relative. Within it the scale
         of the same codes, fitted anew, is kept.
     """
@@ -69,7 +69,7 @@ class Problem(NamedTuple):
     group: Group
     energy: Array
     kept: Known
-    tolerance: float
+    tolerance: float | Array
     rounds: int
 
     def known(self, scale: Array) -> Known:
@@ -122,7 +122,7 @@ def _problem(a: Array, magnitudes: Sequence[float], group: Group, kept: Kept | N
         return problem
     return problem._replace(
         kept=problem.known(refitted(a, kept.scale, magnitudes, group)),
-        tolerance=max(kept.tolerance, TOLERANCE),
+        tolerance=jnp.where(jnp.isnan(kept.scale), TOLERANCE, max(kept.tolerance, TOLERANCE)),
     )
 
 

@@ -79,7 +79,11 @@ class TernaryThreshold(QuantizedSet):
             raise ValueError(
                 f"factor must be a positive finite number (0.7 is customary), got {self.factor!r}."
             )
-        self._init_fields(levels=(-1.0, 0.0, 1.0))
+        self._init_fields(factor=float(self.factor), levels=(-1.0, 0.0, 1.0))
+
+    @property
+    def _is_mean(self) -> bool:
+        return True
 
     def fit_groups(self, w: Array, group: Group) -> Fit:
         """See `QuantizedSet.fit_groups`."""

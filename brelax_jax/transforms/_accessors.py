@@ -1,25 +1,25 @@
 """What can be read from a state, at any depth of an optimizer's."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax._envelope import strength_of
-from brelax_jax._tree import leaves_with_paths, map_with_path, with_leaves
-from brelax_jax.transforms._leaf import codes_of, fit_leaves, quantized_leaf
+from brelax_jax._tree import leaves_with_paths, map_at, map_with_path, with_leaves
+from brelax_jax.sets import Fit, Quantized, QuantizedSet
+from brelax_jax.transforms._leaf import coded_leaf, codes_of, fit_leaves, quantized_leaf
+from brelax_jax.transforms._start import current_fits, float_weights
 from brelax_jax.transforms._state import (
     BinaryRelaxState,
-    QuantizedLeaf,
+    check_is_one,
     check_known,
     check_owned,
     find_states,
-    fit_place,
     is_state,
-    quantized_leaves,
     sets_of,
+    with_fits,
 )
 
 Tree = TypeVar("Tree")
@@ -50,7 +50,13 @@ def float_params(opt_state: Any, params: Tree) -> Tree:
     >>> brx.float_params(state, params)["kernel"], params["kernel"]
     (Array([[-0.25, -1.25]], dtype=float32), Array([[-0.75, -0.75]], dtype=float32))
     """
-    return _read(opt_state, params, lambda leaf, p: leaf.y)
+    floats: dict[str, Array] = {}
+    given = dict(leaves_with_paths(params))
+    for state in find_states(opt_state):
+        check_is_one(state)
+        check_owned(state, params)
+        floats |= float_weights(state, given)
+    return with_leaves(params, floats)
 
 
 def quantized_params(opt_state: Any, params: Tree) -> Tree:
@@ -77,10 +83,41 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
     {'kernel': Array([[ 0.5, -0.5]], dtype=float32)}
     """
 
-    def read(leaf: QuantizedLeaf, p: Any) -> Array:
+    def read(p: Any, leaf: QuantizedLeaf) -> Array:
         return quantized_leaf(leaf.qset, jnp.result_type(p), leaf.y, leaf.fit)
 
-    return _read(opt_state, params, read)
+    return map_at(read, params, quantized_leaves(opt_state, params))
+
+
+def quantized_tree(opt_state: Any, params: Tree) -> Tree:
+    """The params to deploy as codes and scales: what `quantized_params` gives, not multiplied out.
+
+    `quantize` of a set finds scales anew, and for deployed params often others. This takes those of
+    the state.
+
+    Args:
+      opt_state: as for `float_params`.
+      params: the params that it belongs to.
+
+    Returns:
+      The params' tree with a `Quantized` in the place of each quantized leaf, whose `dequantize()`
+      is that leaf of `quantized_params`, bit for bit, and the other leaves as they are.
+
+    Raises:
+      ValueError: if `opt_state` holds no such state, or one of other params.
+
+    >>> import brelax_jax as brx, jax.numpy as jnp, optax
+    >>> params = {"kernel": jnp.array([[0.25, -0.75]])}
+    >>> state = brx.binary_relax(optax.adam(1e-3), brx.Binary(), lam=1.0).init(params)
+    >>> quantized = brx.quantized_tree(state, params)["kernel"]
+    >>> quantized.codes, quantized.scale
+    (Array([[ 1, -1]], dtype=int8), Array([[0.5]], dtype=float32))
+    """
+
+    def read(p: Any, leaf: QuantizedLeaf) -> Quantized:
+        return coded_leaf(leaf.qset, jnp.result_type(p), leaf.y, leaf.fit)
+
+    return map_at(read, params, quantized_leaves(opt_state, params))
 
 
 def with_float_params(opt_state: Tree, params: Any) -> Tree:
@@ -116,6 +153,7 @@ def with_float_params(opt_state: Tree, params: Any) -> Tree:
 
 def _replaced(state: BinaryRelaxState, params: Any) -> BinaryRelaxState:
     """The state with the float weights of these params."""
+    check_is_one(state)
     check_owned(state, params)
     check_known(state, params)
     given, sets = dict(leaves_with_paths(params)), sets_of(state, params)
@@ -125,19 +163,15 @@ def _replaced(state: BinaryRelaxState, params: Any) -> BinaryRelaxState:
     }
     fits = fit_leaves(sets, floats, given)
 
-    def refitted(keys: tuple[Any, ...], _: Array) -> Array:
-        path, field = fit_place(keys)
-        return getattr(fits[path], field)
-
     def recoded(path: str, _: Array) -> Array:
         return codes_of(sets[path], floats[path], fits[path])
 
-    return state._replace(
+    return with_fits(state, fits)._replace(
         float_params=with_leaves(state.float_params, floats),
-        fits=jax.tree_util.tree_map_with_path(refitted, state.fits),
         codes=map_with_path(recoded, state.codes),
-        lam=jnp.zeros_like(state.lam),
-        updates_on_grid=jnp.zeros_like(state.updates_on_grid),
+        lam=jax.tree.map(jnp.zeros_like, state.lam),
+        updates_on_grid=jax.tree.map(jnp.zeros_like, state.updates_on_grid),
+        started=jax.tree.map(jnp.ones_like, state.started),
     )
 
 
@@ -158,10 +192,42 @@ def strength(opt_state: Any) -> Array:
     >>> brx.strength(brx.binary_relax(optax.sgd(0.1), brx.Binary(), lam=1.0).init(jnp.ones((2, 2))))
     Array(0., dtype=float32)
     """
-    return strength_of(find_states(opt_state)[0].lam)
+    [lam] = jax.tree.leaves(find_states(opt_state)[0].lam)
+    return strength_of(lam)
 
 
-def _read(opt_state: Any, params: Tree, read: Callable[[QuantizedLeaf, Any], Any]) -> Tree:
-    """The params' tree with read(leaf, p) in the place of each quantized leaf p."""
-    found = quantized_leaves(opt_state, params)
-    return map_with_path(lambda path, p: read(found[path], p) if path in found else p, params)
+class QuantizedLeaf(NamedTuple):
+    """What a state holds for one quantized leaf.
+
+    Attributes:
+      state: the state.
+      qset: the leaf's set.
+      y: its float weights.
+      fit: what places them on the set.
+      codes: those before the last update; None where flips are not tracked.
+    """
+
+    state: BinaryRelaxState
+    qset: QuantizedSet
+    y: Array
+    fit: Fit
+    codes: Array | None
+
+
+def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
+    """The quantized leaves of all states of this library inside an optimizer state, by path.
+
+    Raises:
+      ValueError: if there is no such state, or one of other params.
+    """
+    found: dict[str, QuantizedLeaf] = {}
+    given = dict(leaves_with_paths(params))
+    for state in find_states(opt_state):
+        check_is_one(state)
+        check_owned(state, params)
+        sets, floats = sets_of(state, params), float_weights(state, given)
+        fits = current_fits(state, sets, floats, given)
+        codes = dict(leaves_with_paths(state.codes))
+        for path, y in floats.items():
+            found[path] = QuantizedLeaf(state, sets[path], y, fits[path], codes.get(path))
+    return found

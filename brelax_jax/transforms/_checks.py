@@ -10,8 +10,7 @@ import numpy as np
 from brelax_jax._arguments import is_function
 from brelax_jax._proximal import ProximalMap
 from brelax_jax._schedules import Continuation
-
-FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+from brelax_jax.sets import FLOATS
 
 
 def check_base(base: Any) -> None:
@@ -47,7 +46,8 @@ def _check_lam(lam: Any) -> None:
     if isinstance(lam, jax.core.Tracer) or is_function(lam):
         return
     try:
-        number = None if isinstance(lam, str) or np.ndim(lam) else float(lam)
+        is_one = not isinstance(lam, str | bool | np.bool_) and not np.ndim(lam)
+        number = float(lam) if is_one else None
     except (TypeError, ValueError):
         number = None
     if number is None:
@@ -76,8 +76,8 @@ def _check_float_dtype(float_dtype: Any) -> None:
         name = None if float_dtype is None else jnp.dtype(float_dtype).name
     except TypeError:
         name = None
-    if name not in FLOAT_DTYPES:
+    if name not in FLOATS:
         raise ValueError(
-            f"float_dtype must be a real floating dtype, one of {', '.join(FLOAT_DTYPES)}, "
+            f"float_dtype must be a real floating dtype, one of {', '.join(FLOATS)}, "
             f"got {float_dtype!r}."
         )

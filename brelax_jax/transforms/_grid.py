@@ -25,6 +25,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax.sets._base import largest_scale
 
 LANDING = 2  # updates that it takes from anywhere onto the grid
 LEAD = 4  # and of phase I that do
@@ -96,9 +97,14 @@ def _leading_bit(x: Array) -> Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, integer) & mask, x.dtype)
 
 
-def round_fit(fit: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
-    """The fit with its scale on the grid."""
-    return fit._replace(scale=grid_of(fit.scale, qset, dtype).round(fit.scale))
+def round_fit(fit: Fit, y: Array, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
+    """The fit of y with its scale on the grid."""
+    grid = grid_of(fit.scale, qset, dtype)
+    scale = grid.round(fit.scale)
+    most = largest_scale(qset, y, fit.scale, dtype)
+    if most is not None:
+        scale = jnp.where(scale > most, jnp.floor(most * grid.density) * grid.spacing, scale)
+    return fit._replace(scale=scale)
 
 
 def has_integer_levels(qset: QuantizedSet) -> bool:

@@ -15,9 +15,12 @@ from jax.typing import DTypeLike
 
 from brelax_jax._proximal import ProximalMap, Target
 from brelax_jax._tree import fold_leaves
-from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax.sets import Fit, Quantized, QuantizedSet
+from brelax_jax.sets._quantized import without_negative_zero
 from brelax_jax.transforms._grid import (
     grid_in_view,
+    grid_of,
+    has_integer_levels,
     landing_point,
     limit_scale_jump,
     place_on_grid,
@@ -80,7 +83,7 @@ def fit_leaves(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fit_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, before: Fit | None) -> Fit:
-    return round_fit(qset.fit(y, before), qset, dtype)
+    return round_fit(qset.fit(y, before), y, qset, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -122,8 +125,15 @@ def update_leaf(
 def quantized_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, fit: Fit) -> Array:
     """The float weights y on their set, in the params' dtype, as phase II leaves the params."""
     grid = grid_in_view(fit, qset, y.shape, dtype)
-    q = place_on_grid(y, fit, qset, grid).astype(dtype)
-    return jnp.where(q == 0, 0, q)  # not −0, which no sum ends at
+    return without_negative_zero(place_on_grid(y, fit, qset, grid).astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def coded_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, fit: Fit) -> Quantized:
+    """`quantized_leaf` as codes and scales."""
+    codes = qset.codes(y, fit).astype(jnp.int8)
+    spacing = None if has_integer_levels(qset) else grid_of(fit.scale, qset, dtype).spacing
+    return Quantized(codes, fit.scale, qset.table, jnp.dtype(dtype), spacing)
 
 
 @functools.partial(jax.jit, static_argnums=0)

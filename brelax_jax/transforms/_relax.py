@@ -12,31 +12,33 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from brelax_jax._envelope import strength_of
+from brelax_jax._boxes import box_scale, boxes_with_paths, masked_but
 from brelax_jax._proximal import ProximalMap, Relaxation
 from brelax_jax._schedules import Continuation
 from brelax_jax._select import Selection, Sets, as_selection
-from brelax_jax._tree import (
-    compute_after,
-    leaves_with_paths,
-    map_quantized,
-    map_with_path,
-    register_with_flax,
-    with_leaves,
-)
-from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax._tree import compute_after, leaves_with_paths, map_at, with_leaves
+from brelax_jax.sets import QuantizedSet
 from brelax_jax.transforms._checks import check_base, check_given_once, check_options
-from brelax_jax.transforms._grid import LANDING, LEAD
-from brelax_jax.transforms._leaf import Step, codes_of, fit_leaves, update_leaf
+from brelax_jax.transforms._grid import LANDING
+from brelax_jax.transforms._leaf import codes_of, fit_leaves, update_leaf
+from brelax_jax.transforms._start import (
+    blank_fit,
+    check_has_values,
+    current_fits,
+    float_copy,
+    float_weights,
+)
 from brelax_jax.transforms._state import (
     Assignment,
     BinaryRelaxState,
     check_known,
     check_owned,
     check_same_sets,
-    fits_by_path,
+    fits_of,
     sets_of,
+    with_fits,
 )
+from brelax_jax.transforms._strength import next_step
 
 RELAXATION = Relaxation()
 LAST_COUNT = np.iinfo(np.int32).max  # the count stops there
@@ -125,7 +127,6 @@ def binary_relax(
     if not isinstance(hard_from, jax.core.Tracer | None) and np.asarray(hard_from) > LAST_COUNT:
         hard_from = None
     base = optax.with_extra_args_support(base)
-    register_with_flax(Assignment)
     settings = _Settings(base, selection, lam, hard_from, float_dtype, track_flips, proximal_map)
     return optax.GradientTransformationExtraArgs(
         cast(optax.TransformInitFn, partial(_init, settings)),
@@ -146,30 +147,38 @@ class _Settings(NamedTuple):
 
 
 def _init(settings: _Settings, params: Any) -> BinaryRelaxState:
+    check_has_values(params)
     sets = settings.selection.assign(params)
-    given = dict(leaves_with_paths(params))
+    boxes, given = boxes_with_paths(params), dict(leaves_with_paths(params))
+    floats = {path: float_copy(given[path], settings.float_dtype) for path in sets}
+    fits = {path: blank_fit(qset, floats[path]) for path, qset in sets.items()}
 
-    def float_copy(path: str) -> Array:
-        dtype = jnp.promote_types(jnp.result_type(given[path]), settings.float_dtype)
-        return jnp.array(given[path], dtype, copy=True)
+    def by_path(arrays: dict[str, Array | None]) -> Any:
+        """In boxes like the params'. For params without leaves one number: `map_params` of Optax
+        takes it for the pattern of any such dict.
+        """
+        if not given:
+            return jnp.zeros(())
+        return {
+            path: box_scale(boxes[path], x, jnp.shape(given[path]))
+            for path, x in arrays.items()
+            if x is not None
+        }
 
-    floats = {path: float_copy(path) for path in sets}
-    fits = fit_leaves(sets, floats, given)
-    codes: dict[str, Array] = {}
+    codes: Any = optax.EmptyState()
     if settings.track_flips:
-        codes = {path: codes_of(sets[path], floats[path], fits[path]) for path in sets}
-
-    def masked_but(leaves: dict[str, Any]) -> Any:
-        return map_with_path(lambda path, _: leaves.get(path, optax.MaskedNode()), params)
-
+        zeros = {path: jnp.zeros_like(y, jnp.int8) for path, y in floats.items()}
+        codes = masked_but(params, zeros)
     return BinaryRelaxState(
         base_state=settings.base.init(with_leaves(params, floats)),
-        float_params=masked_but(floats),
-        fits=masked_but(fits),
-        codes=masked_but(codes),
+        float_params=masked_but(params, floats),
+        scales=by_path({path: fit.scale for path, fit in fits.items()}),
+        cuts=by_path({path: fit.cut for path, fit in fits.items()}),
+        codes=codes,
         count=jnp.zeros((), jnp.int32),
-        lam=jnp.zeros((), jnp.float32),
+        lam=jnp.zeros((), jnp.result_type(jnp.float32, *floats.values())),
         updates_on_grid=jnp.zeros((), jnp.int32),
+        started=jnp.array(False),
         sets=Assignment(settings.selection, tuple(sets.items()) if given else None),
     )
 
@@ -186,37 +195,39 @@ def _update(
     sets, given = sets_of(state, params), dict(leaves_with_paths(params))
     check_same_sets(sets, params, settings.selection)
     check_known(state, params)
-    before, last = dict(leaves_with_paths(state.float_params)), fits_by_path(state)
-    codes, are_read = _last_codes(state, sets, before, last)
-    grads = map_quantized(lambda g, y: g.astype(y.dtype), updates, state.float_params)
+    last = fits_of(state, sets)
+    before = float_weights(state, given)
+    codes, are_read = _last_codes(state, sets, before, given)
+    grads = map_at(lambda g, y: g.astype(y.dtype), updates, before)
     base_updates, base_state = settings.base.update(
         grads, state.base_state, with_leaves(params, before), **extra
     )
-    moved = map_quantized(
-        lambda u, y: _sum(y, jnp.where(are_read, u, 0)), base_updates, state.float_params
-    )
+    moved = map_at(lambda u, y: _sum(y, jnp.where(are_read, u, 0)), base_updates, before)
     floats = {path: leaf for path, leaf in leaves_with_paths(moved) if path in sets}
     fits = fit_leaves(sets, floats, given, last)
-    lam, step = _step(settings, state)
+    lam, step = next_step(settings.lam, settings.hard_from, state)
     leaves = {
         path: update_leaf(
             settings.proximal_map, qset, step, given[path], floats[path], fits[path], last[path]
         )
         for path, qset in sets.items()
     }
-
-    def with_updated(tree: Any, field: str) -> Any:
-        return with_leaves(tree, {path: getattr(leaf, field) for path, leaf in leaves.items()})
-
-    return with_updated(base_updates, "update"), BinaryRelaxState(
-        base_state=base_state,
-        float_params=with_updated(state.float_params, "y"),
-        fits=with_updated(state.float_params, "fit"),
-        codes=with_leaves(state.codes, codes),
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        lam=lam,
-        updates_on_grid=jnp.where(step.exact, jnp.minimum(state.updates_on_grid + 1, LANDING), 0),
-        sets=Assignment(settings.selection, tuple(sets.items())),
+    new_fits = {path: leaf.fit for path, leaf in leaves.items()}
+    return with_leaves(base_updates, {path: leaf.update for path, leaf in leaves.items()}), (
+        with_fits(state, new_fits)._replace(
+            base_state=base_state,
+            float_params=with_leaves(
+                state.float_params, {path: leaf.y for path, leaf in leaves.items()}
+            ),
+            codes=with_leaves(state.codes, codes),
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            lam=lam,
+            updates_on_grid=jnp.where(
+                step.exact, jnp.minimum(state.updates_on_grid + 1, LANDING), 0
+            ),
+            started=jnp.ones_like(state.started),
+            sets=Assignment(settings.selection, tuple(sets.items())),
+        )
     )
 
 
@@ -233,24 +244,11 @@ def _sum(y: Array, u: Array) -> Array:
     return lax.reduce_precision(exact, info.nexp, info.nmant).astype(y.dtype)
 
 
-def _step(settings: _Settings, state: BinaryRelaxState) -> tuple[Array, Step]:
-    """λ of this update, and what follows from it for all leaves."""
-    lam = settings.lam(state.count) if callable(settings.lam) else settings.lam
-    lam = jnp.maximum(jnp.asarray(lam, jnp.float32), 0)  # schedules and tracers are not checked
-    exact = jnp.array(False)
-    if settings.hard_from is not None:
-        lam = jnp.where(state.count >= settings.hard_from, jnp.inf, lam)
-        exact = state.count >= jnp.asarray(settings.hard_from) - LEAD
-    alpha = strength_of(lam)
-    exact |= alpha == 1
-    return lam, Step(alpha, exact, state.updates_on_grid >= LANDING)
-
-
 def _last_codes(
     state: BinaryRelaxState,
     sets: dict[str, QuantizedSet],
     floats: dict[str, Array],
-    fits: dict[str, Fit],
+    params: dict[str, Any],
 ) -> tuple[dict[str, Array], Array]:
     """The codes before this update if flips are tracked, and a scalar that is true once they are
     computed.
@@ -260,6 +258,7 @@ def _last_codes(
     """
 
     def read(floats: dict[str, Array]) -> tuple[dict[str, Array], Array]:
+        fits = current_fits(state, sets, floats, params)
         codes = {path: codes_of(sets[path], y, fits[path]) for path, y in floats.items()}
         return codes, jnp.array(True)
 

@@ -1,6 +1,7 @@
 """The state of a relaxing transformation: its fields, how it is found, and what it was made for."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax._select import Selection
-from brelax_jax._tree import is_absent, leaves_with_paths, path_of
+from brelax_jax._tree import is_absent, leaves_with_paths, register_with_flax, with_leaves
 from brelax_jax.sets import Fit, QuantizedSet
 
 
@@ -46,31 +47,51 @@ class Assignment:
         return self
 
 
-class BinaryRelaxState(NamedTuple):
-    """State of `binary_relax`, and so of `relax_params`, `binary_connect` and `parq`.
-
-    Attributes:
-      base_state: the state of the base optimizer.
-      float_params: the float weights y; `optax.MaskedNode` in the place of leaves that are not
-        quantized.
-      fits: a `Fit` for each of them, the scale of each group; `optax.MaskedNode` elsewhere.
-      codes: int8, the codes before the last update; `optax.MaskedNode` everywhere unless flips are
-        tracked.
-      count: int32, updates so far.
-      lam: float32, the λ with which the current params were made: 0 before the first update, ∞ in
-        phase II.
-      updates_on_grid: int32, how many updates in a row have put the params on their grids, up to 2.
-      sets: which leaves are quantized on which sets; a pytree without leaves.
-    """
+class _Fields(NamedTuple):
+    """See `BinaryRelaxState`."""
 
     base_state: Any
     float_params: Any
-    fits: Any
+    scales: Any
+    cuts: Any
     codes: Any
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     lam: Array
     updates_on_grid: Array
-    sets: Assignment
+    started: Array
+    sets: "Assignment"
+
+
+class BinaryRelaxState(_Fields):
+    """State of `binary_relax`, and so of `relax_params`, `binary_connect` and `parq`.
+
+    Attributes:
+      base_state: the state of the base optimizer.
+      float_params: the float weights y, in the params' tree; `optax.MaskedNode` in the place of
+        leaves that are not quantized.
+      scales: a dict of the scales of each group, by the path of the leaf; 0 before the first
+        update.
+      cuts: as `scales`, for sets that do not round to the nearest level: where |w| leaves zero.
+      codes: int8, the codes before the last update, in the params' tree; `optax.EmptyState()`
+        unless flips are tracked.
+      count: int32, updates so far.
+      lam: the λ with which the current params were made: 0 before the first update, the largest
+        finite number in phase II. Of the widest dtype of the float weights.
+      updates_on_grid: int32, how many updates in a row have put the params on their grids, up to 2.
+      started: bool, whether the float weights are those to go on from. If not, the next update
+        starts from the params that it is given.
+      sets: which leaves are quantized on which sets; a pytree without leaves.
+    """
+
+    __slots__ = ()
+
+    @property
+    def sets(self) -> "Assignment":  # pyright: ignore[reportIncompatibleVariableOverride]
+        """`flax.serialization` reads every field, and needs to know the type of this one by then.
+        It may have been imported after the state was made.
+        """
+        register_with_flax(Assignment)
+        return self[-1]
 
 
 def find_states(opt_state: Any) -> list[BinaryRelaxState]:
@@ -85,6 +106,16 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
 
 
 REMEDY = "Make the state with `init` from these params, or pass what it was made from."
+
+
+def check_is_one(state: BinaryRelaxState) -> None:
+    """Raises a ValueError if it is a stack of states."""
+    [count] = jax.tree.leaves(state.count)
+    if jnp.ndim(count):
+        raise ValueError(
+            f"The state is a stack: its count has shape {jnp.shape(count)}. Call this under "
+            "jax.vmap, or index the state and the params first."
+        )
 
 
 def sets_of(state: BinaryRelaxState, params: Any) -> dict[str, QuantizedSet]:
@@ -148,55 +179,33 @@ def check_owned(state: BinaryRelaxState, params: Any) -> None:
             )
 
 
-class QuantizedLeaf(NamedTuple):
-    """What a state holds for one quantized leaf.
-
-    Attributes:
-      state: the state.
-      qset: the leaf's set.
-      y: its float weights.
-      fit: what places them on the set.
-      codes: those before the last update; None where flips are not tracked.
-    """
-
-    state: BinaryRelaxState
-    qset: QuantizedSet
-    y: Array
-    fit: Fit
-    codes: Array | None
-
-
-def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
-    """The quantized leaves of all states of this library inside an optimizer state, by path.
+def fits_of(state: BinaryRelaxState, sets: Mapping[str, QuantizedSet]) -> dict[str, Fit]:
+    """The last fit of each quantized leaf, by the leaf's path.
 
     Raises:
-      ValueError: if there is no such state, or one of other params.
+      ValueError: if a scale has another shape than its set's.
     """
-    found: dict[str, QuantizedLeaf] = {}
-    for state in find_states(opt_state):
-        check_owned(state, params)
-        sets, fits = sets_of(state, params), fits_by_path(state)
-        codes = dict(leaves_with_paths(state.codes))
-        for path, y in leaves_with_paths(state.float_params):
-            found[path] = QuantizedLeaf(state, sets[path], y, fits[path], codes.get(path))
-    return found
+    scales, cuts = dict(leaves_with_paths(state.scales)), dict(leaves_with_paths(state.cuts))
+    fits: dict[str, Fit] = {}
+    for path, y in leaves_with_paths(state.float_params):
+        wanted = sets[path].granularity.groups(jnp.shape(y)).scale
+        if path not in scales or jnp.shape(scales[path]) != wanted:
+            found = f"shape {jnp.shape(scales[path])}" if path in scales else "no entry"
+            raise ValueError(
+                f"The scales of {path!r} have {found} in the state, but {wanted} by {sets[path]}. "
+                "Restore the state with the optimizer that made it, and take it to another one's "
+                "sets by brelax_jax.with_rules; read a stacked state under jax.vmap."
+            )
+        fits[path] = Fit(scales[path], cuts.get(path))
+    return fits
 
 
-def fits_by_path(state: BinaryRelaxState) -> dict[str, Fit]:
-    """The fit of each quantized leaf, by the leaf's path."""
-    parts: dict[str, dict[str, Array]] = {}
-    for keys, part in jax.tree_util.tree_leaves_with_path(state.fits):
-        leaf, field = fit_place(keys)
-        parts.setdefault(leaf, {})[field] = part
-    return {path: Fit(**fields) for path, fields in parts.items()}
-
-
-def fit_place(keys: tuple[Any, ...]) -> tuple[str, str]:
-    """The path of a leaf and the field of its `Fit`, from a key path into `fits`."""
-    keys = tuple(keys)
-    if keys[-1] == jax.tree_util.GetAttrKey("value"):  # of a Flax NNX variable
-        keys = keys[:-1]
-    return path_of(keys[:-1]), path_of(keys[-1:])
+def with_fits(state: BinaryRelaxState, fits: Mapping[str, Fit]) -> BinaryRelaxState:
+    """The state with these fits."""
+    return state._replace(
+        scales=with_leaves(state.scales, {path: fit.scale for path, fit in fits.items()}),
+        cuts=with_leaves(state.cuts, {path: fit.cut for path, fit in fits.items()}),
+    )
 
 
 def is_state(node: Any) -> bool:

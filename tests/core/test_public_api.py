@@ -11,6 +11,8 @@ import brelax_jax as brx
 
 NAMES = [
     "distance",
+    "quantized_tree",
+    "with_rules",
     "moreau_envelope",
     "relax",
     "ProximalMap",

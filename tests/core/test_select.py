@@ -75,7 +75,7 @@ TREES = {
     "namedtuple": ({"x": Pair(kernel(), kernel())}, ["x/kernel"]),
     "dataclass": ([Layer(kernel(), kernel())], ["0/kernel"]),
     "one array": (kernel(), [""]),
-    "None": ({"a": None, "b": kernel()}, ["b"]),
+    "None": ({"a": None, "c": kernel()}, ["c"]),
 }
 
 
@@ -129,10 +129,11 @@ def test_nnx_paths_are_the_same_at_init_and_update():
 )
 @pytest.mark.parametrize("above", ["layer", "bias", "scale"])
 def test_the_default_applies_to_kernels(above, path, shape, dtype, applies):
-    params = {above: {path: jnp.zeros(shape, dtype)}}
+    params = {above: {path: jnp.zeros(shape, dtype)}, "other": {"w": jnp.zeros((2, 2))}}
     for rules in (BINARY, brx.select(default=BINARY), brx.select((path, None), default=BINARY)):
         expected = applies and (rules == BINARY or not rules.rules)
-        assert quantized_paths(params, rules) == [f"{above}/{path}"] * expected
+        wanted = sorted([f"{above}/{path}"] * expected + ["other/w"])
+        assert quantized_paths(params, rules) == wanted
 
 
 def test_the_first_match_decides():

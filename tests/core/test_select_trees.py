@@ -315,7 +315,7 @@ def test_a_state_of_other_sets_is_refused(other, message):
 def test_a_state_whose_params_optax_has_mapped_can_be_read_and_updated():
     """`optax.tree.map_params` gives a state the structure of one that was made for no params."""
     optimizer = brx.binary_connect(optax.sgd(0.0), brx.select((large, BINARY), ("", None)))
-    state = optimizer.init(PARAMS)
+    state = brx.with_float_params(optimizer.init(PARAMS), PARAMS)
     mapped = optax.tree.map_params(optimizer, lambda y: 2 * y, state)
     np.testing.assert_array_equal(brx.float_params(mapped, PARAMS)["conv"]["kernel"], 2.0)
     assert brx.quantized_params(mapped, PARAMS)["conv"]["kernel"].shape == (3, 3, 2, 4)
@@ -363,6 +363,6 @@ def test_states_of_functions_can_be_copied_and_pickled(copied):
     assert jax.tree.structure(again) == jax.tree.structure(state)
     optimizer.update(PARAMS, again, PARAMS)
     with_patterns = brx.binary_connect(optax.sgd(0.1), brx.select(("kernel", BINARY)))
-    again = copied(with_patterns.init(PARAMS))
+    again = copied(brx.with_float_params(with_patterns.init(PARAMS), PARAMS))
     mapped = optax.tree.map_params(with_patterns, lambda y: 2 * y, again)
     np.testing.assert_array_equal(brx.float_params(mapped, PARAMS)["head"]["kernel"], 2.0)

@@ -137,7 +137,7 @@ if jax.device_count() >= meshes.DEVICES:
             for tree in (params, state.float_params, momentum):
                 sharding = tree[name]["kernel"].sharding
                 assert sharding.is_equivalent_to(NamedSharding(sharding.mesh, spec["kernel"]), 2)
-            scale = state.fits[name]["kernel"].scale
+            scale = state.scales[f"{name}/kernel"]
             names = (*spec["kernel"], None, None)
             spread = [n if size > 1 else None for n, size in zip(names, scale.shape, strict=False)]
             wanted = NamedSharding(scale.sharding.mesh, P(*spread))

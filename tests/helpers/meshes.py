@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
 from brelax_jax.transforms._grid import grid_of
-from brelax_jax.transforms._state import find_states
+from brelax_jax.transforms._state import find_states, fits_of, sets_of
 
 DEVICES = 8
 MOVES = re.compile(r"= (?!.*fusion\().*(all-gather|all-to-all|collective-permute|reduce-scatter)\(")
@@ -131,7 +131,9 @@ def assert_same(state, expected, sets=SETS, rtol=1e-6):
     state, expected = (jax.device_get(find_states(tree)[0]) for tree in (state, expected))
     for name, qset in sets.items():
         y, wanted_y = (tree.float_params[name]["kernel"] for tree in (state, expected))
-        fit, wanted_fit = (tree.fits[name]["kernel"] for tree in (state, expected))
+        fit, wanted_fit = (
+            fits_of(tree, sets_of(tree, {}))[f"{name}/kernel"] for tree in (state, expected)
+        )
         np.testing.assert_allclose(y, wanted_y, rtol=rtol, atol=rtol / 10, err_msg=name)
         # Stored scales are rounded to a grid, so the last bit may make a step of it.
         step = np.asarray(grid_of(wanted_fit.scale, qset, "float32").spacing)

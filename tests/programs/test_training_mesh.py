@@ -138,7 +138,7 @@ elif jax.device_count() == 8:
         for tree in (state.params, relax.float_params, trace, relax.codes):
             kernel = tree["conv_1"]["kernel"]
             assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 4, 4)
-        assert relax.fits["conv_1"]["kernel"].scale.sharding.shard_shape((1, 1, 1, 8)) == (
+        assert relax.scales["conv_1/kernel"].sharding.shard_shape((1, 1, 1, 8)) == (
             1,
             1,
             1,

@@ -341,5 +341,4 @@ def final(width, form, case):
 
 def scales_of(state):
     """The stored scales of a wrapper's or chain's state, by leaf."""
-    fits = optax.tree.get(state, "fits")
-    return {name: fit.scale for name, fit in fits.items()}
+    return optax.tree.get(state, "scales")

@@ -148,8 +148,8 @@ def test_memory_is_the_base_one_float_copy_and_the_scales():
     moments = 2 * 2 * 4 * 3  # Adam's, of the bfloat16 leaf in float32
     state = relaxing(base=base).init(params)
     assert (
-        size(state) == size(base.init(params)) + moments + floats + scales + 3 * 4
-    )  # and the three counts
+        size(state) == size(base.init(params)) + moments + floats + scales + 3 * 4 + 1
+    )  # and the two counts, λ and the flag
     assert size(steps(relaxing(base=base), params, 2)[1]) == size(state)
 
 
