@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import meshes
 
-FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("sharding", "shard_map")]
+FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("sharding", "shard_map", "metadata")]
 
 
 @pytest.mark.parametrize(
