@@ -212,7 +212,13 @@ class QuantizedSet:
 
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which scales are computed: the array's, but at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return promoted(dtype, jnp.float32)
+
+
+def promoted(*dtypes: DTypeLike) -> jnp.dtype:
+    """The least dtype that holds all of these, in JAX's strict mode too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -133,7 +133,8 @@ def _start(problem: Problem) -> Search:
     low = jnp.maximum(group.mean(a), jnp.finfo(a.dtype).tiny) / magnitudes[-1]
     high = jnp.ones_like(low) / next(m for m in magnitudes if m > 0)
     steps = jnp.arange(INTERVALS + 1, dtype=a.dtype).reshape(-1, *([1] * a.ndim)) / INTERVALS
-    nodes = lax.map(problem.known, jnp.exp(jnp.log(low) * (1 - steps) + jnp.log(high) * steps))
+    low, high = jnp.log(low)[None], jnp.log(high)[None]
+    nodes = lax.map(problem.known, jnp.exp(low * (1 - steps) + high * steps))
     least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
     best = jnp.take_along_axis(nodes, least, axis=0)[0]
     far = best[1] >= problem.search_below(problem.kept)

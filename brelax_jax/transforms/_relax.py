@@ -17,7 +17,7 @@ from brelax_jax._proximal import ProximalMap, Relaxation
 from brelax_jax._schedules import Continuation
 from brelax_jax._select import Selection, Sets, as_selection
 from brelax_jax._tree import compute_after, leaves_with_paths, map_at, with_leaves
-from brelax_jax.sets import QuantizedSet
+from brelax_jax.sets import QuantizedSet, promoted
 from brelax_jax.transforms._checks import check_base, check_given_once, check_options
 from brelax_jax.transforms._grid import LANDING
 from brelax_jax.transforms._leaf import codes_of, fit_leaves, update_leaf
@@ -176,7 +176,7 @@ def _init(settings: _Settings, params: Any) -> BinaryRelaxState:
         cuts=by_path({path: fit.cut for path, fit in fits.items()}),
         codes=codes,
         count=jnp.zeros((), jnp.int32),
-        lam=jnp.zeros((), jnp.result_type(jnp.float32, *floats.values())),
+        lam=jnp.zeros((), promoted("float32", *(y.dtype for y in floats.values()))),
         updates_on_grid=jnp.zeros((), jnp.int32),
         started=jnp.array(False),
         sets=Assignment(settings.selection, tuple(sets.items()) if given else None),

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax._tree import leaves_with_paths
-from brelax_jax.sets import Fit, QuantizedSet, compute_dtype
+from brelax_jax.sets import Fit, QuantizedSet, compute_dtype, promoted
 from brelax_jax.transforms._leaf import fit_leaves
 from brelax_jax.transforms._state import BinaryRelaxState, fits_of
 
@@ -32,7 +32,7 @@ def check_has_values(params: Any) -> None:
 
 def float_copy(p: ArrayLike, float_dtype: DTypeLike) -> Array:
     """A float weight that starts at a param. A copy, because params are donated."""
-    return jnp.array(p, jnp.promote_types(jnp.result_type(p), float_dtype), copy=True)
+    return jnp.array(p, promoted(jnp.result_type(p), float_dtype), copy=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,8 @@ import pytest
 
 from tests.helpers import meshes
 
-FILES = [Path(__file__).with_name(f"test_{name}.py") for name in ("sharding", "shard_map", "metadata")]
+NAMES = ("sharding", "shard_map", "metadata")
+FILES = [Path(__file__).with_name(f"test_{name}.py") for name in NAMES]
 
 
 @pytest.mark.parametrize(
