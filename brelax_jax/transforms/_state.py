@@ -105,6 +105,10 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
     return states
 
 
+OTHER_SETS = (
+    "Pass the state that this optimizer made, or take another one's over with "
+    "brelax_jax.with_rules(opt_state, params, optimizer)."
+)
 REMEDY = "Make the state with `init` from these params, or pass what it was made from."
 
 
@@ -145,14 +149,14 @@ def check_same_sets(sets: dict[str, QuantizedSet], params: Any, selection: Selec
     for path in {**wanted, **sets}:
         if path not in sets:
             raise ValueError(
-                f"{path!r} is to be quantized, but the state has no float weights for it. {REMEDY}"
+                f"{path!r} is to be quantized, but the state has no float weights for it. "
+                f"{OTHER_SETS}"
             )
         if wanted.get(path) != sets[path]:
             raise ValueError(
                 f"{path!r} was selected for {sets[path]} when the state was made, but is for "
-                f"{wanted.get(path)} now. Make a state with `init` of the optimizer that has these "
-                "sets, or pass the one that made this state. A function that selects must always "
-                "give the same answer."
+                f"{wanted.get(path)} now. {OTHER_SETS} A function that selects must always give "
+                "the same answer."
             )
 
 

@@ -1,0 +1,100 @@
+"""Codes and scales of a network, from a state and without one."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import brelax_jax as brx
+
+SETS = {
+    "binary": brx.Binary(),
+    "ternary": brx.Ternary(granularity=brx.PerChannel()),
+    "threshold": brx.TernaryThreshold(granularity=brx.PerBlock(4, 0)),
+    "uniform": brx.Uniform(4, granularity=brx.PerBlock(4, 0)),
+    "powers": brx.PowerOfTwo(4),
+    "levels": brx.ScaledLevels((-1.7, -0.3, 0.3, 1.7), granularity=brx.PerChannel()),
+}
+DTYPES = ["float32", "bfloat16", "float16"]
+NAMES = [f"{name} {dtype}" for name, dtype in itertools.product(SETS, DTYPES)]
+RULES = brx.select(*((f"^{name} ", qset) for name, qset in SETS.items()))
+
+
+@functools.cache
+def deployed():
+    """Params in phase II, their state, and what is read from it, one program for all."""
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.standard_normal((16, 6)), name.split()[1]) for name in NAMES
+    } | {"bias": jnp.zeros(3)}
+    optimizer = brx.binary_relax(optax.sgd(0.1), RULES, 1.0, 0)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.tree.map(jnp.cos, params), state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, brx.quantized_params(state, params), brx.quantized_tree(state, params)
+
+    state = optimizer.init(params)
+    for _ in range(4):
+        params, state, quantized, tree = step(params, state)
+    return jax.device_get((params, state, quantized, tree))
+
+
+def bits(w):
+    return np.asarray(w).view(f"u{w.dtype.itemsize}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_and_scales_of_a_state_are_its_quantized_params_bit_for_bit(name):
+    params, _, quantized, tree = deployed()
+    leaf = tree[name]
+    assert leaf.codes.dtype == np.int8
+    assert leaf.codes.shape == quantized[name].shape
+    dequantized = leaf.dequantize()
+    assert dequantized.dtype == quantized[name].dtype
+    np.testing.assert_array_equal(bits(dequantized), bits(quantized[name]))
+    if name not in ("powers bfloat16", "powers float16"):
+        np.testing.assert_array_equal(params[name], quantized[name])
+
+
+def test_other_leaves_are_as_they_are():
+    params, _, _, tree = deployed()
+    np.testing.assert_array_equal(tree["bias"], params["bias"])
+    assert jax.tree.structure(
+        jax.tree.map(lambda _: 0, tree, is_leaf=lambda x: isinstance(x, brx.Quantized))
+    ) == jax.tree.structure(params)
+
+
+def test_a_quantized_tree_goes_through_jit():
+    _, _, quantized, tree = deployed()
+    leaf = {name: tree[name] for name in NAMES}
+    out = jax.jit(lambda tree: {name: leaf.dequantize() for name, leaf in tree.items()})(leaf)
+    for name in NAMES:
+        np.testing.assert_array_equal(out[name], quantized[name])
+
+
+def test_a_selection_projects_and_quantizes_without_an_optimizer():
+    rng = np.random.default_rng(1)
+    params = {name: jnp.asarray(rng.standard_normal((16, 6)), "float32") for name in SETS}
+    params = {"layer": params, "bias": jnp.ones(3)}
+    rules = brx.select(*((f"/{name}$", qset) for name, qset in SETS.items()))
+    projected, quantized = rules.project(params), rules.quantize(params)
+    for name, qset in SETS.items():
+        wanted = qset.project(params["layer"][name])
+        np.testing.assert_array_equal(projected["layer"][name], wanted)
+        np.testing.assert_array_equal(quantized["layer"][name].dequantize(), wanted)
+    np.testing.assert_array_equal(projected["bias"], params["bias"])
+    np.testing.assert_array_equal(quantized["bias"], params["bias"])
+    with pytest.raises(ValueError, match="no leaf is selected"):
+        brx.select(default=brx.Binary()).project({"bias": jnp.ones(3)})
+
+
+def test_zeros_have_no_sign():
+    w = jnp.array([[-1e-3, 1.0, -2.0, 1e-3]])
+    for q in (brx.Ternary().project(w), brx.Ternary().quantize(w).dequantize()):
+        assert not np.signbit(q[0, 0])
