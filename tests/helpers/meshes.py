@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import brelax_jax as brx
 from brelax_jax.transforms._grid import grid_of
 from brelax_jax.transforms._state import find_states
+from tests.helpers import quick
 
 DEVICES = 8
 MOVES = re.compile(r"= (?!.*fusion\().*(all-gather|all-to-all|collective-permute|reduce-scatter)\(")
@@ -109,7 +110,7 @@ def trained(gradient, update, params, state, steps=STEPS):
         yield params, state
 
 
-gradient_of_loss = jax.jit(jax.grad(loss))
+gradient_of_loss = quick.jit(jax.grad(loss))
 
 
 @functools.cache
@@ -120,8 +121,8 @@ def on_one_device():
 
 def alone(optimizer):
     params = jax.tree.map(jnp.asarray, network())
-    state = jax.jit(optimizer.init)(params)
-    update = jax.jit(functools.partial(updated, optimizer))
+    state = quick.jit(optimizer.init)(params)
+    update = quick.jit(functools.partial(updated, optimizer))
     return [jax.device_get(at) for at in trained(gradient_of_loss, update, params, state)]
 
 
