@@ -9,6 +9,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.helpers import quick  # noqa: F401
+
 
 @contextlib.contextmanager
 def configured(**values):

@@ -110,7 +110,9 @@ def trained(gradient, update, params, state, steps=STEPS):
         yield params, state
 
 
-gradient_of_loss = quick.jit(jax.grad(loss))
+@functools.cache
+def gradient_of_loss():
+    return quick.jit(jax.grad(loss))
 
 
 @functools.cache
@@ -123,22 +125,40 @@ def alone(optimizer):
     params = jax.tree.map(jnp.asarray, network())
     state = quick.jit(optimizer.init)(params)
     update = quick.jit(functools.partial(updated, optimizer))
-    return [jax.device_get(at) for at in trained(gradient_of_loss, update, params, state)]
+    return [jax.device_get(at) for at in trained(gradient_of_loss(), update, params, state)]
 
 
 def assert_same(state, expected, sets=SETS, rtol=1e-6):
     """Float weights and scales are equal to rounding, and codes but where a weight is at a
     threshold."""
-    state, expected = (jax.device_get(find_states(tree)[0]) for tree in (state, expected))
+    found, wanted = ({n: kernel_of(tree, n) for n in sets} for tree in (state, expected))
+    found, wanted = (jax.device_get(with_codes()(kernels)) for kernels in (found, wanted))
     for name, qset in sets.items():
-        y, wanted_y = (tree.float_params[name]["kernel"] for tree in (state, expected))
-        fit, wanted_fit = (tree.fits[name]["kernel"] for tree in (state, expected))
+        (y, fit, codes, _), (wanted_y, wanted_fit, wanted_codes, step) = found[name], wanted[name]
         np.testing.assert_allclose(y, wanted_y, rtol=rtol, atol=rtol / 10, err_msg=name)
         # Stored scales are rounded to a grid, so the last bit may make a step of it.
-        step = np.asarray(grid_of(wanted_fit.scale, qset, "float32").spacing)
         assert np.all(np.abs(fit.scale - wanted_fit.scale) <= step + rtol * wanted_fit.scale), name
-        codes, wanted_codes = qset.codes(y, fit), qset.codes(wanted_y, wanted_fit)
         assert_same_codes(qset, codes, wanted_codes, wanted_y, wanted_fit, rtol)
+
+
+def kernel_of(tree, name):
+    """The float weights and the fit of a layer's kernel."""
+    state = find_states(tree)[0]
+    return jax.device_get((state.float_params[name]["kernel"], state.fits[name]["kernel"]))
+
+
+@functools.cache
+def with_codes():
+    """By name (float weights, fit) → (float weights, fit, codes, distance to the next scale)."""
+
+    def compute(kernels):
+        return {
+            name: (y, fit, qset.codes(y, fit), grid_of(fit.scale, qset, "float32").spacing)
+            for name, (y, fit) in kernels.items()
+            for qset in [SETS[name]]
+        }
+
+    return quick.jit(compute)
 
 
 def assert_same_codes(qset, codes, expected, w, fit, rtol=1e-6):
