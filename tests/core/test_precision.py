@@ -20,19 +20,38 @@ DTYPES = ("float32", "bfloat16", "float16")
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
+@functools.cache
+def updated_in_every_dtype():
+    """(form, dtype, float dtype) → of each of two steps the updates, float weights and quantized
+    weights."""
+    cases = [(f, d, y) for f in FORMS for d in DTYPES for y in {"float32", d}]
+    optimizers = [FORMS[f](optax.sgd(0.1), BINARY, 1.0, 3, float_dtype=y) for f, _, y in cases]
+    every_params = [{"kernel": normal(0, 4, 4, dtype=dtype)} for _, dtype, _ in cases]
+
+    @jax.jit
+    def step(states):
+        after = []
+        for optimizer, params, state in zip(optimizers, every_params, states, strict=True):
+            updates, state = optimizer.update(params, state, params)
+            read = brx.float_params(state, params), brx.quantized_params(state, params)
+            after.append((state, [tree["kernel"] for tree in (updates, *read)]))
+        return [*zip(*after, strict=True)]
+
+    states = [o.init(params) for o, params in zip(optimizers, every_params, strict=True)]
+    states, first = step(states)
+    _, second = step(states)
+    return dict(zip(cases, zip(first, second, strict=True), strict=True))
+
+
 @every_form
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(form, dtype):
     """Updates have the params' dtype; float weights at least float32, unless asked otherwise."""
-    params = {"kernel": normal(0, 4, 4, dtype=dtype)}
     for float_dtype in ("float32", dtype):
-        optimizer = FORMS[form](optax.sgd(0.1), BINARY, 1.0, 3, float_dtype=float_dtype)
-        state, update = optimizer.init(params), jax.jit(optimizer.update)
-        for _ in range(2):
-            updates, state = update(params, state, params)
-            assert updates["kernel"].dtype == dtype
-            assert brx.float_params(state, params)["kernel"].dtype == float_dtype
-            assert brx.quantized_params(state, params)["kernel"].dtype == dtype
+        for update, y, q in updated_in_every_dtype()[form, dtype, float_dtype]:
+            assert update.dtype == dtype
+            assert y.dtype == float_dtype
+            assert q.dtype == dtype
 
 
 def test_float64_params_keep_float64():
