@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers import quick
 from tests.helpers.training import normal, trace_of
 
 BINARY = brx.Binary()
@@ -78,7 +79,7 @@ SMALL = {
 }
 
 
-@functools.cache
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def after_a_thousand(dtype, float_dtype):
     """Updates by a gradient of ones, which SGD and Adam alike turn into steps of 1e-4.
 
@@ -125,6 +126,11 @@ SETS = {
 RULES = brx.select(*((name, qset) for name, qset in SETS.items()))
 
 
+@quick.jit
+def projected(params):
+    return {name: qset.project(params[name]) for name, qset in SETS.items()}
+
+
 def network(params, x):
     return jnp.tanh(x @ params["hidden"]) @ params["out"]
 
@@ -136,7 +142,7 @@ def test_training_ends_with_as_many_values_as_levels(dtype, float_dtype):
     with jax.enable_x64(dtype == "float64"):
         cast = functools.partial(normal, dtype=dtype)
         start, x = {"hidden": cast(0, 8, 6), "out": cast(1, 6, 3)}, cast(2, 64, 8)
-        teacher = {name: qset.project(cast(5, *start[name].shape)) for name, qset in SETS.items()}
+        teacher = projected({name: cast(5, *leaf.shape) for name, leaf in start.items()})
 
         def loss(params):
             return jnp.mean((network(params, x) - network(teacher, x)) ** 2)
@@ -151,20 +157,20 @@ def test_training_ends_with_as_many_values_as_levels(dtype, float_dtype):
             params = optax.apply_updates(params, updates)
             return (params, state), (params, brx.quantized_params(state, params), loss(params))
 
-        run = jax.jit(lambda carry: jax.lax.scan(body, carry, length=80))
-        (params, state), trace = run((start, optimizer.init(start)))
+        run = jax.jit(lambda start: jax.lax.scan(body, (start, optimizer.init(start)), length=80))
+        (params, state), trace = run(start)
         hard, quantized, losses = jax.tree.map(lambda leaf: leaf[60:], trace)
+        floats = brx.float_params(state, params)
+        wanted = projected(floats)
         for name, qset in SETS.items():
             assert params[name].dtype == dtype
-            y = brx.float_params(state, params)[name]
+            y = floats[name]
             assert y.dtype == jnp.promote_types(dtype, float_dtype)
             assert y.dtype != np.float32 or len(np.unique(y)) > 12
             np.testing.assert_array_equal(hard[name], quantized[name])
-            groups = (
-                np.asarray(hard[name].astype(float)).swapaxes(1, 2).reshape(-1, len(params[name]))
-            )
+            groups = np.asarray(hard[name], float).swapaxes(1, 2).reshape(-1, len(params[name]))
             assert max(len(np.unique(group)) for group in groups) <= len(qset.levels)
-            wanted = qset.project(y)
-            np.testing.assert_allclose(params[name].astype(float), wanted.astype(float), rtol=2e-2)
-        projected = {name: qset.project(start[name]) for name, qset in SETS.items()}
-        assert losses.astype(float).mean() < 0.7 * float(loss(projected))
+            found = np.asarray(params[name], float)
+            np.testing.assert_allclose(found, np.asarray(wanted[name], float), rtol=2e-2)
+        untrained = quick.jit(loss)(projected(start))
+        assert np.asarray(losses, float).mean() < 0.7 * float(untrained)
