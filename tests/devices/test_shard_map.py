@@ -192,7 +192,7 @@ if jax.device_count() >= meshes.DEVICES:
         )
         steps = meshes.alone(optimizer)
         for t, (before, after) in enumerate(itertools.pairwise(steps)):
-            grads = meshes.gradient_of_loss()(before[0], *meshes.batch(t))
+            grads = meshes.gradient_of_loss(before[0], *meshes.batch(t))
             params, state = meshes.put(before, specs, mesh)
             _, state = update(meshes.put(grads, specs[0], mesh), state, params)
             meshes.assert_same(state, after[1], meshes.SIMPLE)

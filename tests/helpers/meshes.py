@@ -110,9 +110,7 @@ def trained(gradient, update, params, state, steps=STEPS):
         yield params, state
 
 
-@functools.cache
-def gradient_of_loss():
-    return quick.jit(jax.grad(loss))
+gradient_of_loss = quick.jit(jax.grad(loss))
 
 
 @functools.cache
@@ -125,14 +123,14 @@ def alone(optimizer):
     params = jax.tree.map(jnp.asarray, network())
     state = quick.jit(optimizer.init)(params)
     update = quick.jit(functools.partial(updated, optimizer))
-    return [jax.device_get(at) for at in trained(gradient_of_loss(), update, params, state)]
+    return [jax.device_get(at) for at in trained(gradient_of_loss, update, params, state)]
 
 
 def assert_same(state, expected, sets=SETS, rtol=1e-6):
     """Float weights and scales are equal to rounding, and codes but where a weight is at a
     threshold."""
     found, wanted = ({n: kernel_of(tree, n) for n in sets} for tree in (state, expected))
-    found, wanted = (jax.device_get(with_codes()(kernels)) for kernels in (found, wanted))
+    found, wanted = (jax.device_get(with_codes(kernels)) for kernels in (found, wanted))
     for name, qset in sets.items():
         (y, fit, codes, _), (wanted_y, wanted_fit, wanted_codes, step) = found[name], wanted[name]
         np.testing.assert_allclose(y, wanted_y, rtol=rtol, atol=rtol / 10, err_msg=name)
@@ -147,18 +145,18 @@ def kernel_of(tree, name):
     return jax.device_get((state.float_params[name]["kernel"], state.fits[name]["kernel"]))
 
 
-@functools.cache
-def with_codes():
+@quick.jit
+def with_codes(kernels):
     """By name (float weights, fit) → (float weights, fit, codes, distance to the next scale)."""
-
-    def compute(kernels):
-        return {
-            name: (y, fit, qset.codes(y, fit), grid_of(fit.scale, qset, "float32").spacing)
-            for name, (y, fit) in kernels.items()
-            for qset in [SETS[name]]
-        }
-
-    return quick.jit(compute)
+    return {
+        name: (
+            y,
+            fit,
+            SETS[name].codes(y, fit),
+            grid_of(fit.scale, SETS[name], "float32").spacing,
+        )
+        for name, (y, fit) in kernels.items()
+    }
 
 
 def assert_same_codes(qset, codes, expected, w, fit, rtol=1e-6):

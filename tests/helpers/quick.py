@@ -26,7 +26,13 @@ def options():
 
 
 def jit(function):
-    return jax.jit(function, compiler_options=options())
+    """As `jax.jit`, which JAX need not be started for."""
+
+    @functools.cache
+    def jitted():
+        return jax.jit(function, compiler_options=options())
+
+    return lambda *args: jitted()(*args)
 
 
 def _get_compile_options(*args, env_options_overrides=None, **kwargs):
