@@ -70,6 +70,10 @@ if jax.device_count() >= meshes.DEVICES:
             "gradient of the envelope": gradient,
         }
 
+    def in_float64(function, weights):
+        with jax.enable_x64(True):
+            return jax.device_get(quick.jit(function)(jax.tree.map(np.float64, weights)))
+
     @functools.cache
     def whole():
         """By the name of each set the codes and the fit of the whole weight, on one device."""
@@ -78,7 +82,7 @@ if jax.device_count() >= meshes.DEVICES:
             fits = {name: qset.fit(w) for name, (qset, *_) in CASES.items()}
             return {name: (CASES[name][0].codes(w, fit), fit) for name, fit in fits.items()}
 
-        return jax.device_get(jax.jit(compute)(weights()))
+        return in_float64(compute, weights())
 
     def check_codes(name, codes, scale):
         wanted, fit = whole()[name]
@@ -117,7 +121,7 @@ if jax.device_count() >= meshes.DEVICES:
         out_specs = {name: (P(), spec) for name, spec in specs.items()}
         parts = jax.shard_map(compute, in_specs=(specs,), out_specs=out_specs)
         ws = dict.fromkeys(sets, weights())
-        found, expected = jax.jit(parts)(meshes.put(ws, specs, mesh)), jax.jit(compute)(ws)
+        found, expected = jax.jit(parts)(meshes.put(ws, specs, mesh)), in_float64(compute, ws)
         for name, (wanted_numbers, wanted_arrays) in expected.items():
             numbers, arrays = found[name]
             np.testing.assert_allclose(numbers, wanted_numbers, rtol=1e-5, err_msg=name)

@@ -102,7 +102,7 @@ if jax.device_count() >= meshes.DEVICES:
         update = update.lower(params, state, params).compile()
         assert not meshes.MOVES.findall(update.as_text())
         grad = jax.grad(functools.partial(meshes.loss, contract=contract))
-        grad = jax.jit(grad, out_shardings=shardings[0])
+        grad = quick.jit(grad, out_shardings=shardings[0])
 
         def gradient(params, *batch):
             return grad(params, *meshes.put(batch, (P("data"), P("data")), mesh))

@@ -25,12 +25,12 @@ def options():
     return OPTIONS | OLDER
 
 
-def jit(function):
-    """As `jax.jit`, which JAX need not be started for."""
+def jit(function, **kwargs):
+    """As `jax.jit`, but JAX starts only when the result is called."""
 
     @functools.cache
     def jitted():
-        return jax.jit(function, compiler_options=options())
+        return jax.jit(function, compiler_options=options(), **kwargs)
 
     return lambda *args: jitted()(*args)
 
