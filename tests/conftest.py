@@ -9,6 +9,19 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.helpers import quick  # noqa: F401
+
+SLOWEST = (
+    "test_on_eight_devices", "test_exactness", "test_resume", "test_sets", "test_training_mesh",
+    "test_examples", "test_transformations", "test_accuracy", "test_distributed", "test_precision",
+    "test_optimality", "test_exactness_loops", "test_bases", "test_wrappers", "test_transforms",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files come first, so that all workers end at about the same time."""
+    items.sort(key=lambda item: [*SLOWEST, item.path.stem].index(item.path.stem))
+
 
 @contextlib.contextmanager
 def configured(**values):

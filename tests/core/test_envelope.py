@@ -31,11 +31,11 @@ def weights(seed=0, dtype=np.float32):
     return np.random.default_rng(seed).laplace(size=SHAPE).astype(dtype)
 
 
-@functools.cache
-def compiled(qset):
-    """All of the module and the projection, in one compiled function of (w, λ)."""
-    everything = jax.jit(
-        lambda w, lam: {
+@functools.partial(jax.jit, static_argnums=0)
+def everything(names, w, lam):
+    """All of the module and the projection, of some sets."""
+    return {
+        name: {
             "projection": qset.project(w),
             "distance": brx.distance(w, qset),
             "envelope": brx.moreau_envelope(w, qset, lam),
@@ -43,15 +43,20 @@ def compiled(qset):
             "distance gradient": jax.grad(brx.distance)(w, qset),
             "envelope gradient": jax.grad(brx.moreau_envelope)(w, qset, lam),
         }
-    )
-    return lambda w, lam: jax.tree.map(np.asarray, everything(w, lam))
+        for name, qset in ((name, SETS[name]) for name in names)
+    }
+
+
+def compiled(name, together=tuple(SETS)):
+    """A function of (w, λ); one program for sets that are together."""
+    return lambda w, lam: jax.tree.map(np.asarray, everything(together, w, lam)[name])
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_distance_is_the_root_of_the_least_squared_error(name):
     w = weights()
     least = sum(oracles.optimum(w[g].ravel(), SETS[name].levels)[1] for g, _ in GROUPS[name]())
-    results = compiled(SETS[name])(w, 3.0)
+    results = compiled(name)(w, 3.0)
     np.testing.assert_allclose(results["distance"], np.sqrt(least), rtol=1e-5)
     np.testing.assert_allclose(results["envelope"], 1.5 * least, rtol=1e-5)
 
@@ -60,7 +65,7 @@ def test_distance_is_the_root_of_the_least_squared_error(name):
 @pytest.mark.parametrize(("lam", "strength"), STRENGTHS.items())
 def test_relax_goes_that_share_of_the_way(name, lam, strength):
     w = weights()
-    results = compiled(SETS[name])(w, lam)
+    results = compiled(name)(w, lam)
     expected = (1 - strength) * w + strength * results["projection"]
     if strength in (0, 1):
         np.testing.assert_array_equal(results["relax"], expected)
@@ -83,7 +88,9 @@ def test_relax_is_bitwise_at_both_ends_in_every_dtype(dtype):
 
 def test_at_infinity_the_envelope_is_the_indicator():
     on, off = SETS["binary"].project(weights()), jnp.asarray(weights())
-    envelope = jax.value_and_grad(lambda w: brx.moreau_envelope(w, SETS["binary"], jnp.inf))
+    envelope = jax.jit(
+        jax.value_and_grad(lambda w: brx.moreau_envelope(w, SETS["binary"], jnp.inf))
+    )
     value, gradient = envelope(on)
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
@@ -103,7 +110,7 @@ def test_relax_is_the_minimizer_that_it_says(name, lam):
         square = sum(oracles.optimum(u[g].ravel(), levels)[1] for g, _ in GROUPS[name]())
         return np.sum((u - y) ** 2) / 2 + lam / 2 * square
 
-    u = np.asarray(compiled(SETS[name])(y.astype(np.float32), lam)["relax"], float)
+    u = np.asarray(compiled(name)(y.astype(np.float32), lam)["relax"], float)
     least = objective(u)
     for size in (0.01, 0.1, 1.0):
         for step in (*rng.standard_normal((5, *SHAPE)), y - u, u - y):
@@ -113,7 +120,7 @@ def test_relax_is_the_minimizer_that_it_says(name, lam):
 @every_set
 @pytest.mark.parametrize("lam", [0.0, 2.0, np.inf])
 def test_on_the_set_everything_is_zero_and_nothing_nan(name, lam):
-    compute = compiled(SETS[name])
+    compute = compiled(name)
     point = compute(weights(), lam)["projection"]
     for w in (point, -point, 0 * point, np.float32(1e30) * point, np.float32(1e-30) * point):
         results = compute(w, lam)
@@ -126,8 +133,8 @@ def test_on_the_set_everything_is_zero_and_nothing_nan(name, lam):
 
 @every_set
 def test_off_the_set_the_envelope_is_infinite_at_infinity_and_zero_at_zero(name):
-    assert compiled(SETS[name])(weights(), np.inf)["envelope"] == np.inf
-    results = compiled(SETS[name])(weights(), 0.0)
+    assert compiled(name)(weights(), np.inf)["envelope"] == np.inf
+    results = compiled(name)(weights(), 0.0)
     assert results["envelope"] == 0
     np.testing.assert_array_equal(results["envelope gradient"], 0)
 
@@ -137,7 +144,7 @@ def test_gradients_are_those_of_the_theory_and_of_difference_quotients(name):
     lam, step = 3.0, 1e-6
     w = np.random.default_rng(2).laplace(size=SHAPE)
     with jax.enable_x64(True):
-        compute = compiled(SETS[name])
+        compute = compiled(name, ("binary by block", "threshold"))
         results = compute(w, lam)
         residual = w - results["projection"]
         unit = residual / results["distance"]
@@ -153,7 +160,7 @@ def test_gradients_are_those_of_the_theory_and_of_difference_quotients(name):
 
 @pytest.mark.parametrize("magnitude", [1e30, 0.9e38, 1e-25])
 def test_distance_far_from_one(magnitude):
-    results = compiled(SETS["binary"])(
+    results = compiled("binary", ("binary",))(
         np.array([1, 3, -1, -3], np.float32) * np.float32(magnitude), 0.0
     )
     np.testing.assert_allclose(results["distance"] / magnitude, 2.0, rtol=1e-5)
@@ -162,20 +169,21 @@ def test_distance_far_from_one(magnitude):
 
 def test_a_tiny_point_off_the_set_is_still_off():
     w = np.array([1e-25, 3e-25, -1e-25, -3e-25], np.float32)
-    assert compiled(SETS["binary"])(w, np.inf)["envelope"] == np.inf
+    assert compiled("binary", ("binary",))(w, np.inf)["envelope"] == np.inf
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_weights_are_measured_in_32_bits(dtype):
     w = jnp.asarray(weights(), dtype)
-    results = compiled(SETS["binary"])(w, 2.0)
+    compute = compiled("binary", ("binary",))
+    results = compute(w, 2.0)
     assert results["distance"].dtype == results["envelope"].dtype == jnp.float32
     assert results["relax"].dtype == results["envelope gradient"].dtype == w.dtype
     least = oracles.binary(np.asarray(w, float).ravel())[1]
     rounding = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(results["distance"], np.sqrt(least), rtol=rounding)
     # A point of the set in its own dtype, whose scale the dtype has rounded, is on the set.
-    on_set = compiled(SETS["binary"])(results["projection"], np.inf)
+    on_set = compute(results["projection"], np.inf)
     assert on_set["distance"] == on_set["envelope"] == 0
 
 
@@ -183,7 +191,7 @@ def test_16_bit_weights_are_measured_in_32_bits(dtype):
 def test_nan_is_not_hidden(name):
     w = weights()
     w[0, 0] = np.nan
-    results = compiled(SETS[name])(w, 1.0)
+    results = compiled(name)(w, 1.0)
     assert np.isnan(results["distance"])
     assert np.isnan(results["envelope"])
     assert np.isnan(results["relax"][0, 0])

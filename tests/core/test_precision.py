@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers import quick
 from tests.helpers.training import normal, trace_of
 
 BINARY = brx.Binary()
@@ -20,19 +21,38 @@ DTYPES = ("float32", "bfloat16", "float16")
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
+@functools.cache
+def updated_in_every_dtype():
+    """(form, dtype, float dtype) → of each of two steps the updates, float weights and quantized
+    weights."""
+    cases = [(f, d, y) for f in FORMS for d in DTYPES for y in {"float32", d}]
+    optimizers = [FORMS[f](optax.sgd(0.1), BINARY, 1.0, 3, float_dtype=y) for f, _, y in cases]
+    every_params = [{"kernel": normal(0, 4, 4, dtype=dtype)} for _, dtype, _ in cases]
+
+    @jax.jit
+    def step(states):
+        after = []
+        for optimizer, params, state in zip(optimizers, every_params, states, strict=True):
+            updates, state = optimizer.update(params, state, params)
+            read = brx.float_params(state, params), brx.quantized_params(state, params)
+            after.append((state, [tree["kernel"] for tree in (updates, *read)]))
+        return [*zip(*after, strict=True)]
+
+    states = [o.init(params) for o, params in zip(optimizers, every_params, strict=True)]
+    states, first = step(states)
+    _, second = step(states)
+    return dict(zip(cases, zip(first, second, strict=True), strict=True))
+
+
 @every_form
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(form, dtype):
     """Updates have the params' dtype; float weights at least float32, unless asked otherwise."""
-    params = {"kernel": normal(0, 4, 4, dtype=dtype)}
     for float_dtype in ("float32", dtype):
-        optimizer = FORMS[form](optax.sgd(0.1), BINARY, 1.0, 3, float_dtype=float_dtype)
-        state, update = optimizer.init(params), jax.jit(optimizer.update)
-        for _ in range(2):
-            updates, state = update(params, state, params)
-            assert updates["kernel"].dtype == dtype
-            assert brx.float_params(state, params)["kernel"].dtype == float_dtype
-            assert brx.quantized_params(state, params)["kernel"].dtype == dtype
+        for update, y, q in updated_in_every_dtype()[form, dtype, float_dtype]:
+            assert update.dtype == dtype
+            assert y.dtype == float_dtype
+            assert q.dtype == dtype
 
 
 def test_float64_params_keep_float64():
@@ -59,7 +79,7 @@ SMALL = {
 }
 
 
-@functools.cache
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def after_a_thousand(dtype, float_dtype):
     """Updates by a gradient of ones, which SGD and Adam alike turn into steps of 1e-4.
 
@@ -106,6 +126,11 @@ SETS = {
 RULES = brx.select(*((name, qset) for name, qset in SETS.items()))
 
 
+@quick.jit
+def projected(params):
+    return {name: qset.project(params[name]) for name, qset in SETS.items()}
+
+
 def network(params, x):
     return jnp.tanh(x @ params["hidden"]) @ params["out"]
 
@@ -117,7 +142,7 @@ def test_training_ends_with_as_many_values_as_levels(dtype, float_dtype):
     with jax.enable_x64(dtype == "float64"):
         cast = functools.partial(normal, dtype=dtype)
         start, x = {"hidden": cast(0, 8, 6), "out": cast(1, 6, 3)}, cast(2, 64, 8)
-        teacher = {name: qset.project(cast(5, *start[name].shape)) for name, qset in SETS.items()}
+        teacher = projected({name: cast(5, *leaf.shape) for name, leaf in start.items()})
 
         def loss(params):
             return jnp.mean((network(params, x) - network(teacher, x)) ** 2)
@@ -132,20 +157,20 @@ def test_training_ends_with_as_many_values_as_levels(dtype, float_dtype):
             params = optax.apply_updates(params, updates)
             return (params, state), (params, brx.quantized_params(state, params), loss(params))
 
-        run = jax.jit(lambda carry: jax.lax.scan(body, carry, length=80))
-        (params, state), trace = run((start, optimizer.init(start)))
+        run = jax.jit(lambda start: jax.lax.scan(body, (start, optimizer.init(start)), length=80))
+        (params, state), trace = run(start)
         hard, quantized, losses = jax.tree.map(lambda leaf: leaf[60:], trace)
+        floats = brx.float_params(state, params)
+        wanted = projected(floats)
         for name, qset in SETS.items():
             assert params[name].dtype == dtype
-            y = brx.float_params(state, params)[name]
+            y = floats[name]
             assert y.dtype == jnp.promote_types(dtype, float_dtype)
             assert y.dtype != np.float32 or len(np.unique(y)) > 12
             np.testing.assert_array_equal(hard[name], quantized[name])
-            groups = (
-                np.asarray(hard[name].astype(float)).swapaxes(1, 2).reshape(-1, len(params[name]))
-            )
+            groups = np.asarray(hard[name], float).swapaxes(1, 2).reshape(-1, len(params[name]))
             assert max(len(np.unique(group)) for group in groups) <= len(qset.levels)
-            wanted = qset.project(y)
-            np.testing.assert_allclose(params[name].astype(float), wanted.astype(float), rtol=2e-2)
-        projected = {name: qset.project(start[name]) for name, qset in SETS.items()}
-        assert losses.astype(float).mean() < 0.7 * float(loss(projected))
+            found = np.asarray(params[name], float)
+            np.testing.assert_allclose(found, np.asarray(wanted[name], float), rtol=2e-2)
+        untrained = quick.jit(loss)(projected(start))
+        assert np.asarray(losses, float).mean() < 0.7 * float(untrained)

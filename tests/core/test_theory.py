@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers import quick
 
 SETS = {"binary": brx.Binary(), "ternary": brx.Ternary()}
 STEPS, RATE = 400, 0.25  # a rate below 1/L, which is 0.3 in the example
@@ -61,7 +62,7 @@ def train_all(*arguments):
 
 @functools.cache
 def distances(qset):
-    return jax.jit(jax.vmap(jax.vmap(lambda w: brx.distance(w, SETS[qset]))))
+    return quick.jit(jax.vmap(jax.vmap(lambda w: brx.distance(w, SETS[qset]))))
 
 
 class Run(NamedTuple):

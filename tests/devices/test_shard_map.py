@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
 from brelax_jax.sets import Group, _search
-from tests.helpers import meshes
+from tests.helpers import meshes, quick
 
 SHAPE = (16, 8, 16)
 BOTH = ("data", "model")
@@ -70,69 +70,79 @@ if jax.device_count() >= meshes.DEVICES:
             "gradient of the envelope": gradient,
         }
 
+    def in_float64(function, weights):
+        with jax.enable_x64(True):
+            return jax.device_get(quick.jit(function)(jax.tree.map(np.float64, weights)))
+
     @functools.cache
-    def whole(name):
-        """Codes and scale, fit and measures of the whole weight, on one device."""
-        qset, w = CASES[name][0], jnp.asarray(weights())
+    def whole():
+        """By the name of each set the codes and the fit of the whole weight, on one device."""
 
         def compute(w):
-            fit = qset.fit(w)
-            return (qset.codes(w, fit), fit.scale), fit
+            fits = {name: qset.fit(w) for name, (qset, *_) in CASES.items()}
+            return {name: (CASES[name][0].codes(w, fit), fit) for name, fit in fits.items()}
 
-        return jax.device_get(jax.jit(compute)(w))
+        return in_float64(compute, weights())
 
     def check_codes(name, codes, scale):
-        (wanted, wanted_scale), fit = whole(name)
-        np.testing.assert_allclose(scale, wanted_scale, rtol=1e-6)
+        wanted, fit = whole()[name]
+        np.testing.assert_allclose(scale, fit.scale, rtol=1e-6, err_msg=name)
         meshes.assert_same_codes(CASES[name][0], codes, wanted, weights(), fit)
 
-    def in_turns(firsts, seconds):
-        """Every pair; those of the first with one of the second by turns, the others as soak."""
-        return [
-            pytest.param(a, b, marks=[pytest.mark.soak] * (i % len(seconds) != j))
-            for i, a in enumerate(firsts)
-            for j, b in enumerate(seconds)
-        ]
+    # Of the pairs of a case with one of two kinds, each turn has half.
+    every_turn = pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.soak)])
 
-    @pytest.mark.parametrize(("name", "kind"), in_turns(CASES, [AxisType.Auto, AxisType.Explicit]))
-    def test_parts_land_where_the_whole_does(name, kind):
-        qset, spec, scale_spec = CASES[name]
+    @every_turn
+    @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+    def test_parts_land_where_the_whole_does(kind, turn):
         mesh = meshes.make_mesh(kind)
-        mapped = jax.shard_map(
-            functools.partial(quantized, qset),
-            mesh=mesh,
-            in_specs=spec,
-            out_specs=(spec, scale_spec),
-            check_vma=kind == AxisType.Auto,
-        )
-        w = jax.device_put(weights(), NamedSharding(mesh, spec))
-        codes, scale = jax.jit(mapped)(w)
-        check_codes(name, codes, scale)
+        mapped, ws = {}, {}
+        for name in [*CASES][(turn + (kind == AxisType.Explicit)) % 2 :: 2]:
+            qset, spec, scale_spec = CASES[name]
+            mapped[name] = jax.shard_map(
+                functools.partial(quantized, qset),
+                mesh=mesh,
+                in_specs=spec,
+                out_specs=(spec, scale_spec),
+                check_vma=kind == AxisType.Auto,
+            )
+            ws[name] = jax.device_put(weights(), NamedSharding(mesh, spec))
+        found = jax.jit(lambda ws: {name: mapped[name](w) for name, w in ws.items()})(ws)
+        for name, (codes, scale) in found.items():
+            check_codes(name, codes, scale)
 
-    @pytest.mark.parametrize("name", ["binary", "threshold", "ternary"])
-    def test_distances_and_derivatives_are_those_of_the_whole(name, mesh):
-        qset, spec, _ = CASES[name]
-        compute = functools.partial(measures, qset)
-        parts = jax.shard_map(compute, in_specs=spec, out_specs=(P(), spec))
-        numbers, arrays = jax.jit(parts)(jax.device_put(weights(), NamedSharding(mesh, spec)))
-        wanted_numbers, wanted_arrays = jax.jit(compute)(weights())
-        np.testing.assert_allclose(numbers, wanted_numbers, rtol=1e-5)
-        for what, wanted in wanted_arrays.items():
-            largest = np.max(np.abs(wanted))
-            np.testing.assert_allclose(arrays[what], wanted, atol=1e-6 * largest, err_msg=what)
+    def test_distances_and_derivatives_are_those_of_the_whole(mesh):
+        sets = {name: CASES[name][0] for name in ("binary", "threshold", "ternary")}
+        specs = {name: CASES[name][1] for name in sets}
+
+        def compute(ws):
+            return {name: measures(sets[name], w) for name, w in ws.items()}
+
+        out_specs = {name: (P(), spec) for name, spec in specs.items()}
+        parts = jax.shard_map(compute, in_specs=(specs,), out_specs=out_specs)
+        ws = dict.fromkeys(sets, weights())
+        found, expected = jax.jit(parts)(meshes.put(ws, specs, mesh)), in_float64(compute, ws)
+        for name, (wanted_numbers, wanted_arrays) in expected.items():
+            numbers, arrays = found[name]
+            np.testing.assert_allclose(numbers, wanted_numbers, rtol=1e-5, err_msg=name)
+            for what, wanted in wanted_arrays.items():
+                atol = 1e-6 * np.max(np.abs(wanted))
+                np.testing.assert_allclose(
+                    arrays[what], wanted, atol=atol, err_msg=f"{name}: {what}"
+                )
 
     def test_devices_that_search_for_long_beside_some_that_do_not(mesh):
         """The groups of two halves of the devices need different numbers of rounds."""
         easy, hard = np.ones((64, 4)), np.random.default_rng(0).uniform(0, 1, (64, 4))
         w = np.concatenate([easy, hard / np.max(hard, axis=0)], axis=1).astype(np.float32)
         qset = brx.Uniform(6, granularity=brx.PerChannel(axis_name="model"))
-        search = jax.jit(lambda a: _search.branch_and_bound(a, qset.magnitudes, Group((0,))))
+        search = quick.jit(lambda a: _search.branch_and_bound(a, qset.magnitudes, Group((0,))))
         few, many = (search(half).rounds for half in np.split(w, 2, axis=1))
         assert 2 * few < many, "there is nothing to test"
         compute = functools.partial(quantized, qset)
         spec, scale_spec = P("model", "data"), P(None, "data")
         parts = jax.shard_map(compute, in_specs=spec, out_specs=(spec, scale_spec))
-        (codes, scale), (wanted, wanted_scale) = jax.jit(parts)(w), jax.jit(compute)(w)
+        (codes, scale), (wanted, wanted_scale) = jax.jit(parts)(w), quick.jit(compute)(w)
         np.testing.assert_allclose(scale, wanted_scale, rtol=1e-6)
         np.testing.assert_array_equal(codes, wanted)
 
@@ -165,16 +175,15 @@ if jax.device_count() >= meshes.DEVICES:
         quantized = jax.jit(brx.quantized_params)(state, params)
         jax.tree.map(np.testing.assert_array_equal, params, quantized)
 
-    @pytest.mark.parametrize(
-        ("optimizer", "checked"), in_turns(["binary_connect", "relax_params"], [True, False])
-    )
-    def test_updates_are_those_of_one_device(optimizer, checked, mesh):
+    @every_turn
+    @pytest.mark.parametrize("checked", [True, False])
+    def test_updates_are_those_of_one_device(checked, turn, mesh):
         """Gradients come from outside; also where JAX does not track what varies over an axis."""
         rules = meshes.rules(meshes.SIMPLE)
-        optimizer = {
-            "binary_connect": brx.binary_connect(optax.adam(0.01, eps=1e-3), rules),
-            "relax_params": optax.chain(optax.sgd(0.1), brx.relax_params(rules, 1.0, 3)),
-        }[optimizer]
+        optimizer = [
+            brx.binary_connect(optax.adam(0.01, eps=1e-3), rules),
+            optax.chain(optax.sgd(0.1), brx.relax_params(rules, 1.0, 3)),
+        ][(turn + (not checked)) % 2]
         params = meshes.put(meshes.network(), meshes.SPECS, mesh)
         specs = jax.tree.map(lambda x: x.sharding.spec, (params, optimizer.init(params)))
         update = jax.jit(

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from tests.helpers import meshes
+from tests.helpers import meshes, quick
 
 SHAPE = (3, 3, 32, 64)
 SETS = {
@@ -48,44 +48,46 @@ if jax.device_count() >= meshes.DEVICES:
         return np.random.default_rng(seed).standard_t(2.5, SHAPE).astype(np.float32)
 
     @functools.cache
-    def on_one_device(name):
-        qset, w = SETS[name], jnp.asarray(weights())
+    def on_one_device():
+        """The codes and the fit by the name of each set."""
 
         def compute(w):
-            fit = qset.fit(w)
-            return (qset.codes(w, fit), fit.scale), fit
+            fits = {name: qset.fit(w) for name, qset in SETS.items()}
+            return {name: (SETS[name].codes(w, fit), fit) for name, fit in fits.items()}
 
-        return jax.device_get(jax.jit(compute)(w))
+        return jax.device_get(quick.jit(compute)(weights()))
 
     @functools.cache
     def metrics_on_one_device():
         params, state = meshes.on_one_device()[-1]
-        return jax.jit(brx.metrics)(state, params)
+        return quick.jit(brx.metrics)(state, params)
 
     @pytest.mark.soak
     @pytest.mark.parametrize("spec", SPECS, ids=str)
-    @pytest.mark.parametrize("name", SETS)
-    def test_every_set_in_every_sharding(name, spec, mesh):
-        check(name, spec, mesh)
+    def test_every_set_in_every_sharding(spec, mesh):
+        check(dict.fromkeys(SETS, spec), mesh)
         w = jax.device_put(weights(), NamedSharding(mesh, spec))
-        assert SETS[name].project(w).sharding.is_equivalent_to(w.sharding, 4)
+        for name, qset in SETS.items():
+            assert qset.project(w).sharding.is_equivalent_to(w.sharding, 4), name
 
-    @pytest.mark.parametrize("turn", range(len(SETS)))
-    def test_projections_reduce_and_move_no_weights(turn):
+    def test_projections_reduce_and_move_no_weights(mesh):
         """The shardings and the modes take turns."""
-        mesh = meshes.make_mesh([AxisType.Auto, AxisType.Explicit][turn % 2])
-        with jax.set_mesh(mesh):
-            check(list(SETS)[turn], SPECS[turn % len(SPECS)], mesh)
+        turns = {name: SPECS[i % len(SPECS)] for i, name in enumerate(SETS)}
+        start = [AxisType.Auto, AxisType.Explicit].index(mesh.axis_types[0])
+        check(dict([*turns.items()][start::2]), mesh)
 
-    def check(name, spec, mesh):
-        w = jax.device_put(weights(), NamedSharding(mesh, spec))
-        compiled = jax.jit(SETS[name].quantize).lower(w).compile()
+    def check(specs, mesh):
+        """Each set projects weights that lie as the spec of its name says."""
+        ws = {n: jax.device_put(weights(), NamedSharding(mesh, spec)) for n, spec in specs.items()}
+        quantize = jax.jit(lambda ws: {name: SETS[name].quantize(w) for name, w in ws.items()})
+        compiled = quantize.lower(ws).compile()
         assert not meshes.MOVES.findall(compiled.as_text())
-        quantized, ((codes, scale), fit) = compiled(w), on_one_device(name)
-        assert quantized.codes.sharding.is_equivalent_to(w.sharding, 4)
-        rtol = 1e-5 if name == "uniform8-channel" else 1e-6  # its search may end a little beside
-        np.testing.assert_allclose(quantized.scale, scale, rtol=rtol)
-        meshes.assert_same_codes(SETS[name], quantized.codes, codes, weights(), fit, rtol)
+        for name, quantized in compiled(ws).items():
+            codes, fit = on_one_device()[name]
+            assert quantized.codes.sharding.is_equivalent_to(ws[name].sharding, 4), name
+            rtol = 1e-5 if name == "uniform8-channel" else 1e-6  # its search may end a bit beside
+            np.testing.assert_allclose(quantized.scale, fit.scale, rtol=rtol, err_msg=name)
+            meshes.assert_same_codes(SETS[name], quantized.codes, codes, weights(), fit, rtol)
 
     def test_training_is_that_of_one_device(mesh):
         """A step from each of one device's states, and all steps in a row."""
@@ -100,7 +102,7 @@ if jax.device_count() >= meshes.DEVICES:
         update = update.lower(params, state, params).compile()
         assert not meshes.MOVES.findall(update.as_text())
         grad = jax.grad(functools.partial(meshes.loss, contract=contract))
-        grad = jax.jit(grad, out_shardings=shardings[0])
+        grad = quick.jit(grad, out_shardings=shardings[0])
 
         def gradient(params, *batch):
             return grad(params, *meshes.put(batch, (P("data"), P("data")), mesh))
@@ -168,7 +170,7 @@ if jax.device_count() >= meshes.DEVICES:
     def test_blocks_that_cross_shards():
         qset = brx.Ternary(granularity=brx.PerBlock(16, 2))
         spec = P(None, None, "model", None)
-        expected = qset.project(jnp.asarray(weights()))
+        expected = quick.jit(qset.project)(weights())
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = meshes.make_mesh(kind)
             with jax.set_mesh(mesh):

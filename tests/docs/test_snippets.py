@@ -18,15 +18,21 @@ ON_EIGHT_DEVICES = ["docs/sharding.md"]
 HERE = [page for page in PAGES if snippets(page) and page not in ON_EIGHT_DEVICES]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(quickly_compiled):
+    return quickly_compiled
+
+
 @pytest.mark.parametrize("page", HERE)
 def test_snippets_run(page):
     run(page)
 
 
 @pytest.mark.parametrize("page", ON_EIGHT_DEVICES)
-def test_snippets_run_on_eight_devices(page):
+def test_snippets_run_on_eight_devices(page, cache):
     """In a process of their own: JAX fixes the number of devices when it starts."""
-    environment = os.environ | {
+    environment = os.environ | cache
+    environment |= {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from tests.helpers import quick  # noqa: F401
+
 SETTINGS = (
     "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes", "jax_disable_most_optimizations",

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import brelax_jax as brx
 from brelax_jax.transforms._grid import grid_of
 from brelax_jax.transforms._state import find_states, fits_of, sets_of
+from tests.helpers import quick
 
 DEVICES = 8
 MOVES = re.compile(r"= (?!.*fusion\().*(all-gather|all-to-all|collective-permute|reduce-scatter)\(")
@@ -109,7 +110,7 @@ def trained(gradient, update, params, state, steps=STEPS):
         yield params, state
 
 
-gradient_of_loss = jax.jit(jax.grad(loss))
+gradient_of_loss = quick.jit(jax.grad(loss))
 
 
 @functools.cache
@@ -120,26 +121,43 @@ def on_one_device():
 
 def alone(optimizer):
     params = jax.tree.map(jnp.asarray, network())
-    state = jax.jit(optimizer.init)(params)
-    update = jax.jit(functools.partial(updated, optimizer))
+    state = quick.jit(optimizer.init)(params)
+    update = quick.jit(functools.partial(updated, optimizer))
     return [jax.device_get(at) for at in trained(gradient_of_loss, update, params, state)]
 
 
 def assert_same(state, expected, sets=SETS, rtol=1e-6):
     """Float weights and scales are equal to rounding, and codes but where a weight is at a
     threshold."""
-    state, expected = (jax.device_get(find_states(tree)[0]) for tree in (state, expected))
+    found, wanted = ({n: kernel_of(tree, n) for n in sets} for tree in (state, expected))
+    found, wanted = (jax.device_get(with_codes(kernels)) for kernels in (found, wanted))
     for name, qset in sets.items():
-        y, wanted_y = (tree.float_params[name]["kernel"] for tree in (state, expected))
-        fit, wanted_fit = (
-            fits_of(tree, sets_of(tree, {}))[f"{name}/kernel"] for tree in (state, expected)
-        )
+        (y, fit, codes, _), (wanted_y, wanted_fit, wanted_codes, step) = found[name], wanted[name]
         np.testing.assert_allclose(y, wanted_y, rtol=rtol, atol=rtol / 10, err_msg=name)
         # Stored scales are rounded to a grid, so the last bit may make a step of it.
-        step = np.asarray(grid_of(wanted_fit.scale, qset, "float32").spacing)
         assert np.all(np.abs(fit.scale - wanted_fit.scale) <= step + rtol * wanted_fit.scale), name
-        codes, wanted_codes = qset.codes(y, fit), qset.codes(wanted_y, wanted_fit)
         assert_same_codes(qset, codes, wanted_codes, wanted_y, wanted_fit, rtol)
+
+
+def kernel_of(tree, name):
+    """The float weights and the fit of a layer's kernel."""
+    state = find_states(tree)[0]
+    fit = fits_of(state, sets_of(state, {}))[f"{name}/kernel"]
+    return jax.device_get((state.float_params[name]["kernel"], fit))
+
+
+@quick.jit
+def with_codes(kernels):
+    """By name (float weights, fit) → (float weights, fit, codes, distance to the next scale)."""
+    return {
+        name: (
+            y,
+            fit,
+            SETS[name].codes(y, fit),
+            grid_of(fit.scale, SETS[name], "float32").spacing,
+        )
+        for name, (y, fit) in kernels.items()
+    }
 
 
 def assert_same_codes(qset, codes, expected, w, fit, rtol=1e-6):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.helpers import quick  # noqa: F401
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import meshes
+from tests.helpers import meshes, quick  # noqa: F401
 
 
 def main(port: str, process: str, steps: str, across: str, out: str) -> None:

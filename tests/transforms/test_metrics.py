@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers import quick
 
 SETS = {
     "binary-channel": brx.Binary(granularity=brx.PerChannel()),
@@ -34,7 +35,7 @@ def trace():
         optax.sgd(0.3), RULES, brx.linear_continuation(4), hard_from=3, track_flips=True
     )
     params = normal(0, 8, 6)
-    state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
+    state, update = quick.jit(optimizer.init)(params), quick.jit(optimizer.update)
     trace = [(params, state, read(state, params))]
     for step in range(STEPS):
         updates, state = update(normal(1 + step, 8, 6), state, params)
@@ -85,7 +86,8 @@ def test_only_quantized_leaves_are_there_and_each_has_the_lam_of_its_state(trace
         {"a": "two", "b": "three"},
     )
     params = {"a": jnp.ones((2, 2)), "b": jnp.eye(2)}
-    _, state = optimizer.update(params, optimizer.init(params), params)
+    init, update = quick.jit(optimizer.init), quick.jit(optimizer.update)
+    _, state = update(params, init(params), params)
     found = brx.metrics(state, params)
     assert {path: float(leaf.lam) for path, leaf in found.items()} == {"a": 1.0, "b": 3.0}
     assert len(found["a"].occupancy) == 2
@@ -108,19 +110,19 @@ def test_a_state_that_goes_on_from_other_params_has_their_codes():
     optimizer = brx.binary_connect(optax.sgd(1.0), brx.TernaryThreshold(), track_flips=True)
     params = {"kernel": jnp.array([[3.0, -1.0, 0.1, 2.0]])}
     other = jax.tree.map(lambda w: -w, params)
-    state = optimizer.init(params)
+    state = quick.jit(optimizer.init)(params)
     replaced = brx.with_float_params(state, other)
     assert float(read(replaced, other)["kernel"].flips) == 0
     assert float(read(replaced._replace(codes=state.codes), other)["kernel"].flips) == 0.5
     grads = jax.tree.map(lambda w: 2 * w, other)  # back to where they were
-    _, after = optimizer.update(grads, replaced, other)
+    _, after = quick.jit(optimizer.update)(grads, replaced, other)
     assert float(read(after, other)["kernel"].flips) == 0.5
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_the_distance_does_not_depend_on_the_size_of_the_weights(size):
     w = {"kernel": normal(3, 8, 6)["plain"]["kernel"]}
-    init = jax.jit(brx.binary_connect(optax.sgd(0.1), brx.TernaryThreshold()).init)
+    init = quick.jit(brx.binary_connect(optax.sgd(0.1), brx.TernaryThreshold()).init)
     scaled = jax.tree.map(lambda x: x * size, w)
     wanted, found = (read(init(x), x)["kernel"].distance for x in (w, scaled))
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
@@ -131,7 +133,7 @@ def test_the_distance_where_a_scale_is_held_back():
     """A jump from 1e-30 to 1e30 takes several updates: meanwhile the set is far away."""
     params = {"kernel": jnp.full((2, 2), 1e-30)}
     optimizer = brx.binary_connect(optax.sgd(1.0), brx.Binary())
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state, update = quick.jit(optimizer.init)(params), quick.jit(optimizer.update)
     for step, size in enumerate([*[1e-30] * 3, *[1e30] * 2]):
         grads = jax.tree.map(lambda y, size=size: y - size, brx.float_params(state, params))
         updates, state = update(grads, state, params)
@@ -140,9 +142,10 @@ def test_the_distance_where_a_scale_is_held_back():
 
 
 def test_zeros_are_on_the_set_and_what_is_not_finite_shows():
+    init = quick.jit(brx.binary_connect(optax.sgd(0.1), brx.Binary()).init)
     for value, wanted in ((0.0, 0.0), (2.0, 0.0), (np.nan, np.nan), (np.inf, np.nan)):
         params = {"kernel": jnp.full((4, 4), value)}
-        state = brx.binary_connect(optax.sgd(0.1), brx.Binary()).init(params)
+        state = init(params)
         leaf = read(state, params)["kernel"]
         np.testing.assert_allclose(leaf.distance, wanted, atol=2e-6)
 

@@ -94,7 +94,7 @@ ODD_TREES = {
     "one array": lambda k: k(1),
     "attributes named value and scale": lambda k: Attention(k(1), {"kernel": k(2)}, {"cut": k(3)}),
     "numbers and their texts": lambda k: {"a": {0: k(1)}, "b": [k(2)], "c": ({"0": k(3)},)},
-    "names of the state's fields": lambda k: {"float_params": k(1), "fits": {"scale": {"x": k(2)}}},
+    "names of the state's fields": lambda k: {"float_params": k(1), "scales": {"a/b": {"x": k(2)}}},
 }
 
 
