@@ -169,8 +169,8 @@ def _init(settings: _Settings, params: Any) -> BinaryRelaxState:
 
     codes: Any = optax.EmptyState()
     if settings.track_flips:
-        zeros = {path: jnp.zeros_like(y, jnp.int8) for path, y in floats.items()}
-        codes = masked_but(params, zeros)
+        blank = {path: codes_of(sets[path], y, fits[path]) for path, y in floats.items()}
+        codes = masked_but(params, blank)
     return BinaryRelaxState(
         base_state=settings.base.init(with_leaves(params, floats)),
         float_params=masked_but(params, floats),
