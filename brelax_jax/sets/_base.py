@@ -115,6 +115,9 @@ class QuantizedSet:
         """The projection as integer codes and scales; `quantize(w).dequantize()` is `project(w)`,
         bit for bit.
 
+        The scales are found anew. For weights that a transformation put on the set they need not be
+        the ones that it used; `quantized_tree` gives those.
+
         Args:
           w: floating array of any shape.
 
