@@ -79,8 +79,6 @@ TREES = {
             "PreNorm_0": {"fn": {"Dense_0": {"kernel": (4, 4)}}},
             "token_mixing": {"Dense_0": {"kernel": (4, 4)}},
             "post_attention": {"kernel": (4, 4)},
-            "upscale": (4, 4),
-            "lora_b": (4, 2),
         },
         ["fn/Dense_0/kernel", "token_mixing/Dense_0/kernel", "post_attention/kernel"],
     ),

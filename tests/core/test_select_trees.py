@@ -288,7 +288,10 @@ def test_equal_functions_make_equal_states_and_compile_once():
 
 
 OTHERS = {
-    "another set": ({"a": TERNARY, "b": None}, r"'a' was selected for Binary.*for Ternary.*`init`"),
+    "another set": (
+        {"a": TERNARY, "b": None},
+        r"'a' was selected for Binary.*for Ternary.*with_rules",
+    ),
     "another granularity": (
         {"a": brx.Binary(granularity=brx.PerChannel()), "b": None},
         r"'a' was selected for Binary.*PerChannel",

@@ -387,10 +387,13 @@ def test_what_changes_our_updates_takes_the_params_off_the_set(wrapper):
 
 
 def test_flatten_around_leaves_no_kernel():
-    """Documented: one vector is no kernel, and so nothing is quantized; a rule can select it."""
+    """Documented: one vector is no kernel; a rule can select it."""
     params = {"kernel": normal(0, 4, 4)}
-    state = optax.flatten(brx.binary_connect(optax.sgd(0.1), BINARY)).init(params)
-    assert not jax.tree.leaves(state.float_params)
+    with pytest.raises(ValueError, match="no leaf is selected"):
+        optax.flatten(brx.binary_connect(optax.sgd(0.1), BINARY)).init(params)
+    rules = brx.select(("", BINARY))
+    state = optax.flatten(brx.binary_connect(optax.sgd(0.1), rules)).init(params)
+    assert [y.shape for y in jax.tree.leaves(state.float_params)] == [(16,)]
 
 
 def test_edits_in_phase_two_are_exact_again_once_the_state_knows_of_them():
