@@ -18,6 +18,8 @@ from flax import core, struct
 import brelax_jax as brx
 from tests.helpers.exactness import fresh_state
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 HARD_FROM = 2
 TRANSFORMATIONS = {
     "binary_relax": lambda qset: brx.binary_relax(

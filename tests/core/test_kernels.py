@@ -9,6 +9,8 @@ from flax import linen
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TERNARY = brx.Ternary()
 TREES = {
     "ViT, big_vision": (

@@ -12,6 +12,8 @@ from flax import linen, nnx
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BINARY, TERNARY = brx.Binary(), brx.Ternary()
 LINK = optax.sgd(0.1)
 

@@ -15,6 +15,8 @@ from flax import nnx
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BINARY, TERNARY, FOUR_BITS = brx.Binary(), brx.Ternary(), brx.Uniform(4)
 PARAMS = {
     "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},

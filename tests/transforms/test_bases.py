@@ -14,6 +14,8 @@ import pytest
 import brelax_jax as brx
 from tests.helpers.training import normal, trace_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BINARY = brx.Binary()
 SETS = {
     "kernel": brx.Binary(granularity=brx.PerChannel()),

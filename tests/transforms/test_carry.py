@@ -8,6 +8,8 @@ import pytest
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BASE = optax.sgd(0.1, momentum=0.9)
 NAMES = ("low", "high")
 

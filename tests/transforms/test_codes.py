@@ -11,6 +11,8 @@ import pytest
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SETS = {
     "binary": brx.Binary(),
     "ternary": brx.Ternary(granularity=brx.PerChannel()),

@@ -8,6 +8,8 @@ import pytest
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SETS = [brx.Binary(), brx.Ternary(), brx.TernaryThreshold(), brx.Uniform(4), brx.PowerOfTwo(5)]
 PARAMS = {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}
 

@@ -9,6 +9,8 @@ from jax import export
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PLATFORMS = ("tpu", "cuda", "cpu")
 SETS = {
     "binary": brx.Binary(),

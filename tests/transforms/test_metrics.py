@@ -9,6 +9,8 @@ import pytest
 import brelax_jax as brx
 from tests.helpers import quick
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SETS = {
     "binary-channel": brx.Binary(granularity=brx.PerChannel()),
     "ternary-block": brx.Ternary(granularity=brx.PerBlock(4, axis=0)),

@@ -18,6 +18,8 @@ from flax.training import train_state
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 WORDS, FEATURES, WIDTH, CLASSES = 7, 4, 8, 3
 EPS = 1e-5
 STEPS, HARD_FROM = 24, 16

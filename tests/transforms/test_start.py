@@ -10,6 +10,8 @@ from flax.training import train_state
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SETS = {
     "binary": brx.Binary(granularity=brx.PerChannel()),
     "ternary": brx.Ternary(tolerance=0.3),

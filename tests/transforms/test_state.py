@@ -17,6 +17,8 @@ from flax.training import train_state
 import brelax_jax as brx
 from tests.helpers.training import QUANTIZED, make_params, relaxing, steps
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BINARY = brx.Binary()
 
 

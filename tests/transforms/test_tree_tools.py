@@ -14,6 +14,8 @@ from optax.tree_utils import NamedTupleKey
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 PARAMS = {
     "dense": {"kernel": jnp.arange(12.0).reshape(4, 3) - 5, "bias": jnp.zeros(3)},
     "low": {"kernel": jnp.linspace(-1, 1, 8, dtype=jnp.bfloat16).reshape(4, 2)},

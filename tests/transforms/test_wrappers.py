@@ -21,6 +21,8 @@ from tests.helpers.training import (
     traces_of,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BINARY = brx.Binary()
 
 
