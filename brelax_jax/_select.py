@@ -2,24 +2,27 @@
 
 import collections
 import dataclasses
-import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from brelax_jax._arguments import is_function
 from brelax_jax._kernels import is_kernel
+from brelax_jax._rule_keys import (
+    Rule,
+    check_patterns,
+    check_rule,
+    decides,
+    matches,
+    shape_of,
+    takes,
+)
 from brelax_jax._set_tree import check_structure, entries_of, nearest
 from brelax_jax._tree import leaves_with_paths, map_at, map_with_path
 from brelax_jax.sets import FLOATS, QuantizedSet, groups_of
 
-Key: TypeAlias = str | re.Pattern[str] | Callable[[str, Any], bool]
-Rule: TypeAlias = tuple[Key, QuantizedSet | None]
 Entries: TypeAlias = tuple[tuple[str, QuantizedSet | None], ...]
 Sets: TypeAlias = Any  # a set, a Selection, a tree of sets and None, or a function to such a tree
 
@@ -63,7 +66,7 @@ class Selection:
         if entries is not None:
             check_structure(entries, params)
         elif leaves:
-            _check_patterns(self.rules, leaves)
+            check_patterns(self.rules, leaves)
         found = self._chosen(entries, leaves)
         for path, leaf in leaves:
             if path in found:
@@ -145,7 +148,7 @@ class Selection:
             return None if self.tree is None else dict(self.tree)
         if not jax.tree.leaves(params):  # Optax makes such placeholders
             return {}
-        tree = self.tree(jax.tree.map(_shape_of, params))
+        tree = self.tree(jax.tree.map(shape_of, params))
         kinds = f"{self.tree!r} must return a tree of sets"
         if isinstance(tree, Selection):
             raise ValueError(f"{kinds} and None like the params, got {tree!r}.")
@@ -166,7 +169,7 @@ class Selection:
 
     def _of_rules(self, path: str, leaf: Any) -> QuantizedSet | None:
         for key, qset in self.rules:
-            if _matches(key, path, leaf):
+            if matches(key, path, leaf):
                 return qset
         return self.default if is_kernel(path, leaf) else None
 
@@ -203,9 +206,9 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
     ...     default=brx.Ternary(),
     ... )
     """
-    if len(rules) == 1 and _decides(rules[0]):
+    if len(rules) == 1 and decides(rules[0]):
         function = cast("Callable[[Any], Any]", rules[0])
-        if default is not None or not _takes(function, 1):
+        if default is not None or not takes(function, 1):
             raise ValueError(
                 f"{function!r} is given alone, without a default: then it must be a function from "
                 "params to a tree of sets. A rule by a function is a pair, as in "
@@ -214,7 +217,7 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
         return Selection(tree=function)
     pairs = cast("tuple[Rule, ...]", rules)
     for rule in pairs:
-        _check_rule(rule)
+        check_rule(rule)
     for qset in (*(rule[1] for rule in pairs), default):
         if qset is not None and not isinstance(qset, QuantizedSet):
             raise ValueError(f"A rule gives a set such as Ternary(), or None, got {qset!r}.")
@@ -231,7 +234,7 @@ def as_selection(qset: Sets) -> Selection:
         return qset
     if isinstance(qset, QuantizedSet):
         return Selection(default=qset)
-    if _decides(qset):
+    if decides(qset):
         return select(qset)
     kinds = "qset must be a set such as Ternary(), the rules of select(…), or a tree of sets"
     entries = entries_of(qset, kinds)
@@ -245,63 +248,6 @@ def _of_tree(
 ) -> QuantizedSet | None:
     at = nearest(path, entries)
     return None if at is None or (at != path and not is_kernel(path, leaf)) else entries[at]
-
-
-def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """A leaf as users' functions see it: the same at `init`, in updates and under jit."""
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-
-
-def _decides(value: Any) -> bool:
-    """Whether it is a function to decide by, and not a module of sets that can be called."""
-    return is_function(value) and all(leaf is value for leaf in jax.tree.leaves(value))
-
-
-def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many arguments."""
-    try:
-        inspect.signature(function).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature that Python knows
-        return True
-    return True
-
-
-def _matches(key: Key, path: str, leaf: Any) -> bool:
-    if not callable(key):
-        return re.search(key, path) is not None
-    answer = key(path, _shape_of(leaf))
-    if not isinstance(answer, bool | np.bool_):
-        raise ValueError(
-            f"A rule's function must return True or False, but {key!r} returned {answer!r} for "
-            f"{path!r}: wrap it in bool(…)."
-        )
-    return bool(answer)
-
-
-def _check_patterns(rules: Sequence[Rule], leaves: Sequence[tuple[str, Any]]) -> None:
-    for key, _ in rules:
-        if not callable(key) and not any(re.search(key, path) for path, _ in leaves):
-            raise ValueError(
-                f"The pattern {key!r} matches no leaf. Patterns are regular expressions, "
-                f"searched in these paths: {', '.join(path for path, _ in leaves)}."
-            )
-
-
-def _check_rule(rule: Any) -> None:
-    is_pair = isinstance(rule, tuple) and len(cast("tuple[Any, ...]", rule)) == 2
-    is_pattern = is_pair and isinstance(rule[0], str | re.Pattern)
-    if not (is_pattern or (is_pair and _decides(rule[0]) and _takes(rule[0], 2))):
-        raise ValueError(
-            "A rule is a pair of a pattern or a function (path, leaf) -> bool, and a set or None, "
-            f"got {rule!r}."
-        )
-    try:
-        if is_pattern:
-            re.compile(rule[0])
-    except re.error as error:
-        raise ValueError(f"The pattern {rule[0]!r} is not a regular expression: {error}.") from None
 
 
 def _check_quantizable(path: str, leaf: Any, qset: QuantizedSet) -> None:
