@@ -12,12 +12,13 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax._arguments import is_number
+from brelax_jax.sets._arrays import Weights
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._levels import at_index, level_index
 from brelax_jax.sets._quantized import Quantized
 from brelax_jax.sets._rules import least_squares_scale
-from brelax_jax.sets._search import Kept
+from brelax_jax.sets._together import searched_scales
 
 
 class Fit(NamedTuple):
@@ -125,7 +126,7 @@ class QuantizedSet:
           w: floats.
           last: the fit of the weights from which w came by a step, kept as `tolerance` says.
         """
-        return _fit(self, w, last if self.tolerance and self._searched else None)
+        return fit_all([self], [w], [last])[0]
 
     def fit_groups(self, w: Array, group: Group) -> Fit:
         """As `fit`, for w in a view in which the sum of each group is `group.sum(w)`.
@@ -204,18 +205,45 @@ def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def fit_all(
+    qsets: Sequence[QuantizedSet], arrays: Sequence[Array], last: Sequence[Fit | None]
+) -> list[Fit]:
+    """As `fit`, for many arrays. What can be computed for all of them together is.
+
+    Args:
+      qsets: the set of each array.
+      arrays: floats.
+      last: the fit from before of each one.
+    """
+    return _fit_all(tuple(qsets), list(arrays), list(last))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _fit(qset: QuantizedSet, w: Array, last: Fit | None) -> Fit:
-    groups = qset.granularity.groups(w.shape)
-    if w.size == 0:
-        return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
-    view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
-    if last is None:
-        fit = qset.fit_groups(view, groups.group)
-    else:
-        kept = Kept(last.scale.reshape(groups.scale_view), qset.tolerance)
-        fit = Fit(least_squares_scale(view, qset.magnitudes, groups.group, kept))
-    return jax.tree.map(lambda x: x.reshape(groups.scale), fit)
+def _fit_all(
+    qsets: tuple[QuantizedSet, ...], arrays: list[Array], last: list[Fit | None]
+) -> list[Fit]:
+    fits: dict[int, Fit] = {}
+    searched: dict[tuple[float, ...], dict[int, Weights]] = {}
+    for i, (qset, w, before) in enumerate(zip(qsets, arrays, last, strict=True)):
+        groups, dtype = qset.granularity.groups(w.shape), compute_dtype(w.dtype)
+        view = w.astype(dtype).reshape(groups.view)
+        if w.size == 0:
+            fits[i] = Fit(jnp.zeros(groups.scale, dtype))
+        elif not qset._searched:
+            fits[i] = qset.fit_groups(view, groups.group)
+        else:
+            kept = before.scale.reshape(groups.scale_view) if before and qset.tolerance else None
+            weights = Weights(view, groups.group, kept, qset.tolerance)
+            searched.setdefault(qset.magnitudes, {})[i] = weights
+    for magnitudes, weights in searched.items():
+        found = searched_scales(magnitudes, list(weights.values()))
+        fits |= zip(weights, map(Fit, found), strict=True)
+
+    def shaped(i: int) -> Fit:
+        shape = qsets[i].granularity.groups(arrays[i].shape).scale
+        return jax.tree.map(lambda x: x.reshape(shape), fits[i])
+
+    return list(map(shaped, range(len(arrays))))
 
 
 @functools.partial(jax.jit, static_argnums=0)

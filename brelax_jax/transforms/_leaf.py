@@ -5,17 +5,18 @@ shape, and inside of one they are traced once.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from brelax_jax._proximal import ProximalMap, Target
-from brelax_jax._tree import fold_leaves
 from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax.sets._base import fit_all
 from brelax_jax.transforms._grid import (
     grid_in_view,
     landing_point,
@@ -67,20 +68,32 @@ def fit_leaves(
       params: arrays of the params' dtypes.
       last: the fits before.
     """
-
-    def fit(path: str, leaf: tuple[Array, Fit | None]) -> Fit:
-        y, before = leaf
-        return _fit_leaf(sets[path], jnp.result_type(params[path]), y, before)
-
-    leaves = {path: (floats[path], last[path] if last else None) for path in sets}
-    searched = {path: leaf for path, leaf in leaves.items() if len(sets[path].magnitudes) > 1}
-    found = fold_leaves(fit, searched)
-    return {path: found[path] if path in found else fit(path, leaves[path]) for path in sets}
+    places: dict[Hashable, list[str]] = {}
+    for path in sets:
+        y = floats[path]
+        place = None if isinstance(y, jax.core.Tracer) else frozenset(y.devices())
+        places.setdefault(place, []).append(path)
+    fits: dict[str, Fit] = {}
+    for paths in places.values():  # one program for each set of devices
+        found = _fit_leaves(
+            tuple(sets[path] for path in paths),
+            tuple(jnp.result_type(params[path]) for path in paths),
+            [floats[path] for path in paths],
+            [last[path] if last else None for path in paths],
+        )
+        fits |= zip(paths, found, strict=True)
+    return {path: fits[path] for path in sets}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, before: Fit | None) -> Fit:
-    return round_fit(qset.fit(y, before), qset, dtype)
+def _fit_leaves(
+    sets: tuple[QuantizedSet, ...],
+    dtypes: tuple[DTypeLike, ...],
+    floats: list[Array],
+    before: list[Fit | None],
+) -> list[Fit]:
+    fits = fit_all(sets, floats, before)
+    return [round_fit(*each) for each in zip(fits, sets, dtypes, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
