@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+ADVANCES = 3  # intervals that one evaluation may leave behind, at most
 ROUNDS = 2000  # at most; with one scale each, ternary takes about 10, Uniform(8) up to 400
 TOLERANCE = 1e-6  # of the squared error
 FLOOR = 1e-12  # of the sum of squares: errors below are rounding
@@ -81,8 +82,9 @@ class Search(NamedTuple):
     """What the loop carries.
 
     Attributes:
-      left: the lower ends of the open intervals, ascending along the second axis, then `end`.
-      right: their upper ends, then `end`.
+      left: the lower ends of the intervals, ascending along the second axis, then `end`.
+      right: their upper ends, then `end`; with one scale a round that of the first interval, because
+        each goes up to the next.
       end: the largest scale.
       best: the scale of the least error so far.
       rounds: so far.
@@ -111,7 +113,8 @@ def branch_and_bound(
         return (searches[0].rounds < ROUNDS) & functools.reduce(jnp.logical_or, any_open)
 
     def split(searches: tuple[Search, ...]) -> tuple[Search, ...]:
-        return tuple(map(partial(_split, shape), evaluate, problems, searches))
+        step = partial(_split_first if shape.scales == 1 else _split, shape)
+        return tuple(map(step, evaluate, problems, searches))
 
     start = tuple(map(partial(_start, shape), problems))
     return lax.while_loop(is_uncertain, split, start)
@@ -123,7 +126,7 @@ def _start(shape: Shape, problem: Problem) -> Search:
     order = _column(jnp.arange(shape.intervals), low)
     end = jnp.stack([high, jnp.zeros_like(high)])
     left = jnp.where(order == 0, jnp.stack([low, jnp.zeros_like(low)])[:, None], end[:, None])
-    right = jnp.broadcast_to(end[:, None], left.shape)
+    right = jnp.broadcast_to(end[:, None], (2, 1 if shape.scales == 1 else len(order), *low.shape))
     unknown = jnp.stack([low, jnp.full_like(low, jnp.inf)])
     best = jnp.where(kept[0] > 0, kept, unknown)
     return Search(left, right, end, best, jnp.zeros((), jnp.int32))
@@ -156,16 +159,43 @@ def _split(shape: Shape, evaluate: Evaluate, problem: Problem, search: Search) -
     next_new = jnp.concatenate([new[:, 1:], new[:, -1:]], axis=1)
     ends = turn == first + quota - 1
     from_new = jnp.where(ends, jnp.stack([high, of_owner(right[1])]), next_new)
-    least = _least(new)
-    better = least[1] < problem.replace_below(search.best)
-    parts = search._replace(
+    parts = _with_new(problem, search, new)._replace(
         left=jnp.concatenate([left, new], axis=1),
         right=jnp.concatenate([jnp.where(order < number, to_new, right), from_new], axis=1),
+    )
+    return _open(shape, problem, parts)
+
+
+def _split_first(shape: Shape, evaluate: Evaluate, problem: Problem, search: Search) -> Search:
+    """After evaluating one scale inside the first interval of each group."""
+    left, right = search.left, search.right
+    middle = _bound(left[:, :1], right, problem.energy)[1]
+    scales = _start_scales(shape, problem, search, middle)
+    new = jnp.stack([scales, evaluate(scales)])
+    search = _with_new(problem, search, new)
+    end = search.end[:, None]
+    rest = jnp.where(left[0] < search.end[0], left, end)[:, 1:]  # at first the end was not known
+
+    def advance(_: int, nodes: Known) -> Known:
+        """Past the first interval, in the groups where it is closed."""
+        is_open = _is_open(problem, search.best, nodes[:, 0], nodes[:, 1])
+        return jnp.where(is_open, nodes, jnp.concatenate([nodes[:, 1:], end], axis=1))
+
+    nodes = jnp.concatenate([left[:, :1], new, rest], axis=1)
+    # A loop, so that the program holds it once.
+    nodes = lax.fori_loop(0, ADVANCES, advance, nodes)[:, : shape.intervals]
+    return search._replace(left=nodes, right=nodes[:, 1:2])
+
+
+def _with_new(problem: Problem, search: Search, new: Known) -> Search:
+    """The search after another round, with the best of the new scales."""
+    least = _least(new)
+    better = least[1] < problem.replace_below(search.best)
+    return search._replace(
         end=jnp.where(search.rounds == 0, new[:, -1], search.end),
         best=jnp.where(better, least, search.best),
         rounds=search.rounds + 1,
     )
-    return _open(shape, problem, parts)
 
 
 def _start_scales(shape: Shape, problem: Problem, search: Search, otherwise: Array) -> Array:
@@ -189,8 +219,7 @@ def _start_scales(shape: Shape, problem: Problem, search: Search, otherwise: Arr
 def _open(shape: Shape, problem: Problem, search: Search) -> Search:
     """The search with only those of its intervals that are open, in order."""
     left, right = search.left, search.right
-    is_open = _bound(left, right, problem.energy)[0] < problem.search_below(search.best)
-    is_open &= right[0] > left[0] * (1 + 4 * jnp.finfo(left.dtype).eps)
+    is_open = _is_open(problem, search.best, left, right)
     before = is_open & (left[0] < left[0][:, None])
     rank = jnp.where(is_open, jnp.sum(before, axis=1), -1)
     number = jnp.sum(is_open, axis=0)
@@ -203,6 +232,12 @@ def _open(shape: Shape, problem: Problem, search: Search) -> Search:
 
     is_forgotten = (number > shape.intervals) & (order == shape.intervals - 1)
     return search._replace(left=in_order(left), right=jnp.where(is_forgotten, end, in_order(right)))
+
+
+def _is_open(problem: Problem, best: Known, left: Known, right: Known) -> Array:
+    """Whether a scale between two others may be better than the best."""
+    is_open = _bound(left, right, problem.energy)[0] < problem.search_below(best)
+    return is_open & (right[0] > left[0] * (1 + 4 * jnp.finfo(left.dtype).eps))
 
 
 def _least(nodes: Known) -> Known:
