@@ -83,8 +83,8 @@ class Search(NamedTuple):
 
     Attributes:
       left: the lower ends of the intervals, ascending along the second axis, then `end`.
-      right: their upper ends, then `end`; with one scale a round that of the first interval, because
-        each goes up to the next.
+      right: their upper ends, then `end`; with one scale a round only that of the first interval,
+        because each goes up to the next.
       end: the largest scale.
       best: the scale of the least error so far.
       rounds: so far.

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from brelax_jax.sets._arrays import Layout, Unit, Weights, errors, gain_of
 from brelax_jax.sets._search import TOLERANCE, Problem, Shape, branch_and_bound
+from brelax_jax.sets._small_groups import is_small, small_scales
 
 CPU = Shape(start=5, scales=1, intervals=8, together=False)
 ACCELERATOR = Shape(start=16, scales=16, intervals=32, together=True)
@@ -32,9 +33,12 @@ def searched_scales(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> l
       one or an infinity.
     """
     loops: dict[Hashable, list[int]] = {}
-    for i, each in enumerate(arrays):
-        loops.setdefault(_loop_of(each), []).append(i)
     scales: dict[int, Array] = {}
+    for i, each in enumerate(arrays):
+        if is_small(magnitudes, each):
+            scales[i] = small_scales(magnitudes, each)
+        else:
+            loops.setdefault(_loop_of(each), []).append(i)
     for members in loops.values():
         search = functools.partial(_search, tuple(magnitudes), [arrays[i] for i in members])
         operands = [(arrays[i].w, arrays[i].kept) for i in members]

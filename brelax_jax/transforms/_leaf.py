@@ -68,13 +68,11 @@ def fit_leaves(
       params: arrays of the params' dtypes.
       last: the fits before.
     """
-    places: dict[Hashable, list[str]] = {}
+    programs: dict[Hashable, list[str]] = {}
     for path in sets:
-        y = floats[path]
-        place = None if isinstance(y, jax.core.Tracer) else frozenset(y.devices())
-        places.setdefault(place, []).append(path)
+        programs.setdefault(_program_of(path, floats[path]), []).append(path)
     fits: dict[str, Fit] = {}
-    for paths in places.values():  # one program for each set of devices
+    for paths in programs.values():
         found = _fit_leaves(
             tuple(sets[path] for path in paths),
             tuple(jnp.result_type(params[path]) for path in paths),
@@ -83,6 +81,18 @@ def fit_leaves(
         )
         fits |= zip(paths, found, strict=True)
     return {path: fits[path] for path in sets}
+
+
+def _program_of(path: str, y: Array) -> Hashable:
+    """Leaves for which this is the same are fitted by one program.
+
+    Outside of a program that takes leaves of the same devices. On CPU it is every leaf by itself,
+    because small programs compile faster, and others have leaves of the same shapes.
+    """
+    if isinstance(y, jax.core.Tracer):
+        return None
+    devices = frozenset(y.devices())
+    return (devices, path if any(each.platform == "cpu" for each in devices) else None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
