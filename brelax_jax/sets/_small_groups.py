@@ -8,8 +8,9 @@ fixed sequence of minima and maxima, and nothing is reduced along a short axis.
 import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from brelax_jax.sets._arrays import Unit, Weights
 from brelax_jax.sets._search import FLOOR, TOLERANCE
@@ -19,25 +20,39 @@ MOST_ENTRIES = 32  # of a group: programs grow faster than it
 
 def is_small(magnitudes: Sequence[float], weights: Weights) -> bool:
     """Whether `small_scales` is for these weights."""
-    group = weights.group
+    w, group = weights.w, weights.group
+    spec = (*jax.typeof(w).sharding.spec, *[None] * w.ndim)
     return (
         len(magnitudes) == 2
         and magnitudes[0] == 0
-        and len(group.axes) == 1 < weights.w.ndim
+        and len(group.axes) < w.ndim
         and not group.axis_names
-        and group.size(weights.w) <= MOST_ENTRIES
+        and all(spec[axis] is None for axis in group.axes)
+        and group.size(w) <= MOST_ENTRIES
     )
 
 
 def small_scales(magnitudes: Sequence[float], weights: Weights) -> Array:
-    """argmin over s ≥ 0 of Σ min(|w|, ||w| − s·m|)² for each group, m the one magnitude but 0.
+    """As `searched_scales`, for one array."""
 
-    Returns:
-      As `searched_scales`.
-    """
+    def scales(w: Array, kept: Array | None) -> Array:
+        return _scales(magnitudes, weights._replace(w=w, kept=kept))
+
+    def scales_first(w: Array, kept: Array | None) -> Array:
+        """XLA on CPU would compute a scale anew for each weight that it is multiplied with, but
+        not what stands in a branch.
+        """
+        return lax.cond(jnp.any(w != 0), scales, lambda *x: jnp.zeros_like(scales(*x)), w, kept)
+
+    return lax.platform_dependent(weights.w, weights.kept, cpu=scales_first, default=scales)
+
+
+def _scales(magnitudes: Sequence[float], weights: Weights) -> Array:
+    """argmin over s ≥ 0 of Σ min(|w|, ||w| − s·m|)² for each group, m the one magnitude but 0."""
     w, group, kept, _ = weights
-    [axis] = group.axes
-    rows = [jnp.abs(row) for row in jnp.split(w, w.shape[axis], axis)]
+    rows = [jnp.abs(w)]
+    for axis in group.axes:
+        rows = [part for row in rows for part in jnp.split(row, w.shape[axis], axis)]
     for i, j in sorting_network(len(rows)):
         rows[i], rows[j] = jnp.maximum(rows[i], rows[j]), jnp.minimum(rows[i], rows[j])
     peak = rows[0]

@@ -88,3 +88,10 @@ def test_a_scale_is_kept_within_its_tolerance(scale):
     assert max(excess) < 0.05 / 0.95
     if scale == 1.0:
         assert max(excess) > 1e-3  # else nothing was kept
+
+
+def test_groups_along_several_axes():
+    w = np.random.default_rng(0).laplace(size=(3, 3, 8, 10)).astype(np.float32)
+    scales = jax.jit(brx.Ternary(granularity=brx.PerChannel((2, 3))).quantize)(w).scale
+    for group, scale in zip(w.reshape(9, -1).T.astype(float), np.ravel(scales), strict=True):
+        np.testing.assert_allclose(scale, oracles.optimum(group, (-1, 0, 1))[0], rtol=1e-5)
