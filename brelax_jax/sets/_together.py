@@ -21,8 +21,10 @@ from brelax_jax.sets._small_groups import is_small, small_scales
 
 CPU = Shape(start=5, scales=1, intervals=8, together=False)
 ACCELERATOR = Shape(start=16, scales=16, intervals=32, together=True)
+FINE = CPU._replace(together=True)  # where what is remembered of groups would outweigh them
 FORCED: Shape | None = None  # for tests: the shape on every platform
 MOST_GROUPS = 4096  # of one array, for its groups to be joined with those of others
+LEAST_ENTRIES = 1024  # of a group of such an array, for several scales a round
 
 
 def searched_scales(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:
@@ -32,14 +34,14 @@ def searched_scales(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> l
       Scales of w's dtype that broadcast against it: 0 for groups of zeros, NaN for groups that hold
       one or an infinity.
     """
-    loops: dict[Hashable, list[int]] = {}
+    loops: dict[tuple[bool, Hashable], list[int]] = {}
     scales: dict[int, Array] = {}
     for i, each in enumerate(arrays):
         if is_small(magnitudes, each):
             scales[i] = small_scales(magnitudes, each)
         else:
-            loops.setdefault(_loop_of(each), []).append(i)
-    for members in loops.values():
+            loops.setdefault((_is_fine(each), _loop_of(each)), []).append(i)
+    for (is_fine, _), members in loops.items():
         search = functools.partial(_search, tuple(magnitudes), [arrays[i] for i in members])
         operands = [(arrays[i].w, arrays[i].kept) for i in members]
         if FORCED is not None:
@@ -48,7 +50,7 @@ def searched_scales(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> l
             found = lax.platform_dependent(
                 operands,
                 cpu=functools.partial(search, CPU),
-                default=functools.partial(search, ACCELERATOR),
+                default=functools.partial(search, FINE if is_fine else ACCELERATOR),
             )
         scales |= zip(members, found, strict=True)
     return [scales[i] for i in range(len(arrays))]
@@ -62,6 +64,17 @@ def _loop_of(weights: Weights) -> Hashable:
     names = weights.group.axis_names
     varying = jax.typeof(weights.w).manual_axis_type.varying - set(names)
     return weights.w.dtype, names, varying, weights.kept is None
+
+
+def _numbers(weights: Weights) -> tuple[int, int]:
+    """How many groups an array has here, and how many entries each."""
+    entries = math.prod(weights.w.shape[axis] for axis in weights.group.axes)
+    return weights.w.size // entries, entries
+
+
+def _is_fine(weights: Weights) -> bool:
+    groups, entries = _numbers(weights)
+    return groups > MOST_GROUPS and entries < LEAST_ENTRIES
 
 
 def _search(
@@ -93,7 +106,7 @@ def _can_be_joined(weights: Weights) -> bool:
     XLA would move those of arrays that are sharded differently, and where it decides on the
     sharding that is not known here.
     """
-    groups = weights.w.size // math.prod(weights.w.shape[axis] for axis in weights.group.axes)
+    groups, _ = _numbers(weights)
     mesh = jax.sharding.get_abstract_mesh()
     is_local = jax.device_count() == 1 or set(mesh.manual_axes) == set(mesh.axis_names) != set()
     return groups == 1 or (is_local and groups <= MOST_GROUPS)
