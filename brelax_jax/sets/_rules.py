@@ -1,5 +1,6 @@
 """How the scale of a group is found: by a search for the best one, or by a mean."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -29,7 +30,16 @@ def least_squares_scale(w: Array, magnitudes: Sequence[float], group: Group) -> 
 
 
 def mean_magnitude(w: Array, group: Group) -> Array:
-    """The mean of |w| over each group; if the plain sum overflows, by other passes."""
+    """The mean of |w| over each group, also where the plain sum overflows."""
+    return lax.platform_dependent(
+        w,
+        cpu=functools.partial(_mean_by_other_passes, group),
+        default=functools.partial(mean_at_once, group),
+    )
+
+
+def _mean_by_other_passes(group: Group, w: Array) -> Array:
+    """Where the plain sum overflows, by other passes: on CPU two sums in one pass are slow."""
     size = group.size(w)
     total = group.sum(jnp.abs(w))
     return lax.cond(
@@ -40,3 +50,11 @@ def mean_magnitude(w: Array, group: Group) -> Array:
             group.max(jnp.abs(w)),
         ),
     )
+
+
+def mean_at_once(group: Group, w: Array) -> Array:
+    """By a sum that is exact and one that does not overflow: a branch would copy the weights."""
+    size = group.size(w)
+    total, small = group.sum(jnp.abs(w)), group.sum(jnp.abs(w) * 2.0**-32)
+    large = jnp.minimum(small / size, jnp.finfo(w.dtype).max * 2.0**-32) * 2.0**32
+    return jnp.where(jnp.isfinite(total), total / size, jnp.where(jnp.isinf(small), small, large))

@@ -8,6 +8,7 @@ import pytest
 import brelax_jax as brx
 from brelax_jax.sets import Group
 from brelax_jax.sets._base import fit_all
+from brelax_jax.sets._rules import mean_at_once
 from tests.helpers import oracles, searching
 
 SHAPES = pytest.mark.parametrize("shape", searching.SHAPES.values(), ids=searching.SHAPES)
@@ -131,3 +132,11 @@ def test_few_rounds_suffice_for_many_scales_at_a_time(bits, most):
     end = jax.jit(lambda a: searching.search_of(a, range(2 ** (bits - 1)), ROWS, shape))(a)
     assert end.rounds <= most
     assert np.all(end.left[0, 0] == end.end[0])
+
+
+def test_a_mean_at_once_is_that_of_other_passes():
+    w = np.stack([np.full(1000, -1e37), np.linspace(0, 1, 1000), np.full(1000, 3.4e38)])
+    w = np.stack([*w, np.full(1000, 2e-38), w[1], w[1]]).astype(np.float32)
+    w[4, 7], w[5, 7] = np.inf, np.nan
+    mean = np.asarray(jax.jit(lambda w: mean_at_once(ROWS, w))(w))[:, 0]
+    np.testing.assert_allclose(mean, [1e37, 0.5, 3.4e38, 2e-38, np.inf, np.nan], rtol=1e-5)
