@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from brelax_jax._envelope import blend, strength_of
 from brelax_jax.sets import Fit, QuantizedSet, compute_dtype
-from brelax_jax.sets._base import fit_finely
+from brelax_jax.sets._fit import fit_finely
 
 
 @dataclasses.dataclass(frozen=True)

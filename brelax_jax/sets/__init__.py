@@ -1,10 +1,10 @@
 """Where the weights must land: quantized sets, and which weights share a scale."""
 
-from brelax_jax.sets._base import FLOATS as FLOATS
-from brelax_jax.sets._base import Fit as Fit
 from brelax_jax.sets._base import QuantizedSet as QuantizedSet
-from brelax_jax.sets._base import compute_dtype as compute_dtype
-from brelax_jax.sets._base import promoted as promoted
+from brelax_jax.sets._fit import FLOATS as FLOATS
+from brelax_jax.sets._fit import Fit as Fit
+from brelax_jax.sets._fit import compute_dtype as compute_dtype
+from brelax_jax.sets._fit import promoted as promoted
 from brelax_jax.sets._granularity import Granularity as Granularity
 from brelax_jax.sets._granularity import PerBlock as PerBlock
 from brelax_jax.sets._granularity import PerChannel as PerChannel

@@ -4,35 +4,19 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from brelax_jax._arguments import is_number
+from brelax_jax.sets._fit import FLOATS, Fit, fit_all, fit_finely
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import at_index, level_index, shift_of
+from brelax_jax.sets._levels import at_index, level_index
 from brelax_jax.sets._quantized import Quantized, without_negative_zero
 from brelax_jax.sets._rules import least_squares_scale
-from brelax_jax.sets._search import Kept
-
-FLOATS = ("bfloat16", "float16", "float32", "float64")
-
-
-class Fit(NamedTuple):
-    """What places one array on a set: with it, the projection is elementwise.
-
-    Attributes:
-      scale: one entry per group, of the array's rank, at least float32.
-      cut: for sets that do not round to the nearest level, where |w| leaves zero; as `scale`, else
-        None.
-    """
-
-    scale: Array
-    cut: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +54,14 @@ class QuantizedSet:
             raise ValueError(
                 f"tolerance must be a number from 0 to less than 1, got {self.tolerance!r}."
             )
-        if self.tolerance and not self._searched:
+        if self.tolerance and not self.is_searched:
             raise ValueError(
                 f"tolerance is for sets whose scale is searched for, got {self.tolerance!r}; "
                 f"{type(self).__name__}'s is a formula, which does not jump: leave it out."
             )
 
     @property
-    def _searched(self) -> bool:
+    def is_searched(self) -> bool:
         """Whether the scale is the best one of a search, not a formula."""
         least_squares = type(self).fit_groups is QuantizedSet.fit_groups
         return least_squares and len(self.magnitudes) > 1
@@ -88,7 +72,7 @@ class QuantizedSet:
         return tuple(level for level in self.levels if level >= 0)
 
     @property
-    def _is_mean(self) -> bool:
+    def is_mean(self) -> bool:
         """Whether the scale is a mean of magnitudes, by this library's own rules."""
         least_squares = type(self).fit_groups is QuantizedSet.fit_groups
         return least_squares and len(self.magnitudes) == 1
@@ -138,7 +122,7 @@ class QuantizedSet:
           w: floats.
           last: the fit of the weights from which w came by a step, kept as `tolerance` says.
         """
-        return _fit(self, w, last if self.tolerance and self._searched else None)
+        return fit_all([self], [w], [last])[0]
 
     def fit_groups(self, w: Array, group: Group) -> Fit:
         """As `fit`, for w in a view in which the sum of each group is `group.sum(w)`.
@@ -151,7 +135,7 @@ class QuantizedSet:
 
     def codes(self, w: Array, fit: Fit) -> Array:
         """Signed indices into the magnitudes, for w placed by `fit`; floats of w's shape."""
-        view, scale, cut = self._views(w, fit)
+        view, scale, cut = self.views(w, fit)
         a = jnp.abs(view)
         index = level_index(a, scale, self.magnitudes) if cut is None else (a > cut).astype(a.dtype)
         index += len(self.table) - len(self.magnitudes)
@@ -159,14 +143,14 @@ class QuantizedSet:
 
     def place(self, w: Array, fit: Fit) -> Array:
         """The points of Q for w placed by `fit`, of w's shape and the scale's dtype."""
-        view, scale, _ = self._views(self._at_unit_scale(w, fit), fit)
+        view, scale, _ = self.views(self.at_unit_scale(w, fit), fit)
         return (view * scale).reshape(w.shape)
 
     def half_gaps(self, w: Array, fit: Fit) -> Array:
         """Half the distance between the two points of Q that each entry of w is between, of w's
         shape and the scale's dtype; 0 beyond the last.
         """
-        view, scale, _ = self._views(w, fit)
+        view, scale, _ = self.views(w, fit)
         bounds = self.magnitudes if self.magnitudes[0] else self.magnitudes[1:]
         first = 1.0 if self.magnitudes[0] == 0 else 2.0  # with no level 0: from −m to m
         gaps = [first * bounds[0], *(high - low for low, high in itertools.pairwise(bounds)), 0.0]
@@ -179,10 +163,10 @@ class QuantizedSet:
 
     def scales(self, w: Array, fit: Fit) -> Array:
         """The scale of each entry of w, of w's shape."""
-        view, scale, _ = self._views(w, fit)
+        view, scale, _ = self.views(w, fit)
         return jnp.broadcast_to(scale, view.shape).reshape(w.shape)
 
-    def _at_unit_scale(self, w: Array, fit: Fit) -> Array:
+    def at_unit_scale(self, w: Array, fit: Fit) -> Array:
         codes = self.codes(w, fit)
         magnitude = at_index(jnp.abs(codes), self.table)
         return jnp.where(codes < 0, -magnitude, magnitude)
@@ -192,7 +176,7 @@ class QuantizedSet:
         """What codes index: the magnitudes from 0 on, so that codes of other levels have a sign."""
         return self.magnitudes if self.magnitudes[0] == 0 else (0.0, *self.magnitudes)
 
-    def _views(self, w: Array, fit: Fit) -> tuple[Array, Array, Array | None]:
+    def views(self, w: Array, fit: Fit) -> tuple[Array, Array, Array | None]:
         """w in the scale's dtype, the scale and the cut, in the view in which they broadcast."""
         groups: Groups = self.granularity.groups(w.shape)
         cut = None if fit.cut is None else fit.cut.reshape(groups.scale_view)
@@ -211,67 +195,6 @@ class QuantizedSet:
             )
         groups_of(self.granularity, w)
         return w
-
-
-def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which scales are computed: the array's, but at least float32."""
-    return promoted(dtype, jnp.float32)
-
-
-def promoted(*dtypes: DTypeLike) -> jnp.dtype:
-    """The least dtype that holds all of these, in JAX's strict mode too."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _fit(qset: QuantizedSet, w: Array, last: Fit | None) -> Fit:
-    groups = qset.granularity.groups(w.shape)
-    if w.size == 0:
-        return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
-    view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
-    if last is None:
-        fit = qset.fit_groups(view, groups.group)
-    else:
-        known = jnp.where(last.scale > 0, last.scale, jnp.nan)  # not in the first step
-        kept = Kept(known.reshape(groups.scale_view), qset.tolerance)
-        fit = Fit(least_squares_scale(view, qset.magnitudes, groups.group, kept))
-    fit = jax.tree.map(lambda x: x.reshape(groups.scale), fit)
-    most = largest_scale(qset, w, fit.scale, w.dtype)
-    return fit if most is None else fit._replace(scale=jnp.minimum(fit.scale, most))
-
-
-def fit_finely(qset: QuantizedSet, w: Array) -> Fit:
-    """As `fit`, with two more reductions where a scale is a mean: a sum of many equal floats is off
-    by many roundings, and a point of Q is to be its own projection.
-    """
-    fit = qset.fit(w)
-    if w.size == 0 or not qset._is_mean:
-        return fit
-    groups = qset.granularity.groups(w.shape)
-    q = qset._at_unit_scale(w, fit).reshape(groups.view)
-    view, scale, _ = qset._views(w, fit)
-    unit = jnp.where(scale > 0, scale, 1)
-    shift = shift_of(unit)
-    norm = groups.group.sum(jnp.square(q))
-    gain = groups.group.sum(q * ((view * shift) / (unit * shift) - q))
-    refined = scale + scale * (gain / jnp.where(norm > 0, norm, 1))
-    return fit._replace(scale=refined.reshape(fit.scale.shape))
-
-
-def largest_scale(qset: QuantizedSet, w: Array, scale: Array, dtype: DTypeLike) -> Array | None:
-    """The largest scale at which the dtype holds the level of the largest weight of each group.
-
-    None for dtypes as wide as float32: no weights are that large.
-    """
-    if jnp.finfo(dtype).nexp >= jnp.finfo(jnp.float32).nexp or w.size == 0:
-        return None
-    groups = qset.granularity.groups(w.shape)
-    peak = groups.group.max(jnp.abs(w.astype(scale.dtype)).reshape(groups.view))
-    index = level_index(peak, scale.reshape(groups.scale_view), qset.magnitudes)
-    magnitude = at_index(index, qset.magnitudes).reshape(scale.shape)
-    most = float(jnp.finfo(dtype).max) * (1 - 2 * float(jnp.finfo(scale.dtype).eps))
-    return most / jnp.where(magnitude > 0, magnitude, 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -299,7 +222,7 @@ def _project_jvp(
     (w,), (tangent,) = primals, tangents
     fit = fit_finely(qset, w)
     groups = qset.granularity.groups(w.shape)
-    q = qset._at_unit_scale(w, fit).reshape(groups.view)
+    q = qset.at_unit_scale(w, fit).reshape(groups.view)
     along = groups.group.sum(q * tangent.astype(q.dtype).reshape(groups.view))
     norm = groups.group.sum(jnp.square(q))
     derivative = q * (along / jnp.where(norm > 0, norm, 1))

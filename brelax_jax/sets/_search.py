@@ -7,75 +7,67 @@ minima, so descending from a start (alternating minimization, "Lloyd") is not en
 
 is a sum of maxima of lines, hence convex. Between two scales at which E is known, h lies below its
 chord, which gives a lower bound of E on the interval in closed form, tight to second order in the
-width. So branch and bound needs one reduction over the weights for each evaluation of E and no
-sort. It goes from the least scale up: where the bound shows that an interval holds nothing better
-than the best scale known, it moves on, else it splits the interval. What it remembers is a short
-stack of scales ahead at which E is known; the farthest are forgotten when it is full, which costs
-an evaluation later. It ends with a certificate: no scale anywhere has an error below the best one
-found by more than `TOLERANCE`, relative, or by more than the tolerance of a scale that is kept.
+width. So branch and bound needs reductions over the weights, some scales at a time, and no sort.
+
+It keeps a list of the open intervals, ascending: those in which the bound does not exclude a better
+scale than the best one known. Each round evaluates E at some scales inside them and keeps of the
+parts what is still open. If the list is full, what is known of the farthest is forgotten, which
+costs evaluations later. It ends with a certificate: no scale anywhere has an error below the best
+one found by more than `TOLERANCE`, relative, or by more than the tolerance of a scale that is kept.
+
+The weights occur in `evaluate` only. All else is done for all groups at once, as vectors.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index
-
-INTERVALS = 4  # to begin with, geometrically spaced
-STACK = 8  # scales ahead that are remembered
-ADVANCES = 3  # intervals that an evaluation may leave behind, at most
-ROUNDS = 2000  # evaluations of E at most; ternary takes about 10, Uniform(8) up to 400
+ADVANCES = 3  # intervals that one evaluation may leave behind, at most
+ROUNDS = 2000  # at most; with one scale each, ternary takes about 10, Uniform(8) up to 400
 TOLERANCE = 1e-6  # of the squared error
 FLOOR = 1e-12  # of the sum of squares: errors below are rounding
-ROUNDED = 3  # beyond so many consecutive magnitudes, multiplying by one reciprocal is faster
+
+Known: TypeAlias = Array  # scales, and the errors at them, along a first axis of two
+Evaluate: TypeAlias = Callable[[Array], Array]  # of E, at some scales a group
 
 
-class Kept(NamedTuple):
-    """The scales of weights from which the present ones came by a small step.
+class Shape(NamedTuple):
+    """How a search proceeds. The certificate is the same for all.
 
     Attributes:
-      scale: of the shape of a group's sums; NaN where there is none.
-      tolerance: how far the squared error may be above the least one, relative. Within it the scale
-        of the same codes, fitted anew, is kept.
+      start: scales to begin with, geometrically spaced.
+      scales: that each round evaluates in each group.
+      intervals: that are remembered.
+      together: whether all weights are searched for in one round, or one array after the other.
     """
 
-    scale: Array
-    tolerance: float
-
-
-Known: TypeAlias = Array  # scales, and below them along a first axis the errors at them
+    start: int
+    scales: int
+    intervals: int
+    together: bool
 
 
 class Problem(NamedTuple):
-    """What a search is given.
+    """What a search is given: arrays of one entry a group, for weights of about 1 at most.
 
     Attributes:
-      a: magnitudes of weights, of which the largest in each group is 1.
-      magnitudes: those of the levels, ascending.
-      group: which entries of `a` form a group.
-      energy: the sum of a² over each group.
-      kept: the scale to keep while it is nearly the best; −1 if there is none.
+      low: the least scale that may be best.
+      high: the largest.
+      energy: the sum of the squared weights.
+      kept: the scale to keep while it is nearly the best, and the error there; −1 if there is none.
       tolerance: how far the error of the answer may be above the least, relative.
-      rounds: evaluations at most.
     """
 
-    a: Array
-    magnitudes: Sequence[float]
-    group: Group
+    low: Array
+    high: Array
     energy: Array
     kept: Known
-    tolerance: float | Array
-    rounds: int
-
-    def known(self, scale: Array) -> Known:
-        """A scale with its error, from one pass over the weights."""
-        residual = _residual(self.a, scale, self.magnitudes)
-        return jnp.stack([scale, self.group.sum(jnp.square(residual))])
+    tolerance: Array
 
     def search_below(self, best: Known) -> Array:
         """The error below which a scale is worth searching for."""
@@ -83,116 +75,190 @@ class Problem(NamedTuple):
 
     def replace_below(self, best: Known) -> Array:
         """The error below which another scale replaces the best one."""
-        is_kept = best[0] == self.kept[0]
-        return jnp.where(is_kept, self.search_below(best), best[1])
+        return jnp.where(best[0] == self.kept[0], self.search_below(best), best[1])
 
 
 class Search(NamedTuple):
     """What the loop carries.
 
     Attributes:
-      below: up to here there is nothing better than the best.
-      ahead: larger scales, ascending along the first axis; at the end repeats of the largest.
+      left: the lower ends of the intervals, ascending along the second axis, then `end`.
+      right: their upper ends, then `end`; with one scale a round only that of the first interval,
+        because each goes up to the next.
       end: the largest scale.
       best: the scale of the least error so far.
-      rounds: evaluations so far.
+      rounds: so far.
     """
 
-    below: Known
-    ahead: Known
+    left: Known
+    right: Known
     end: Known
     best: Known
     rounds: Array
 
 
 def branch_and_bound(
-    a: Array, magnitudes: Sequence[float], group: Group, kept: Kept | None = None
-) -> Search:
-    """The search at its end, for magnitudes of weights of which the largest in each group is 1."""
-    problem = _problem(a, magnitudes, group, kept)
-    start = _advance(problem, _start(problem))
-    return lax.while_loop(partial(_is_uncertain, problem), partial(_split, problem), start)
+    evaluate: Sequence[Evaluate], problems: Sequence[Problem], shape: Shape
+) -> tuple[Search, ...]:
+    """The searches of some problems at their end, in one loop.
+
+    Args:
+      evaluate: for each problem, the errors at scales, of the shape (scales, *groups).
+      problems: the groups.
+      shape: how to proceed.
+    """
+
+    def is_uncertain(searches: tuple[Search, ...]) -> Array:
+        any_open = [jnp.any(each.left[0, 0] < each.right[0, 0]) for each in searches]
+        return (searches[0].rounds < ROUNDS) & functools.reduce(jnp.logical_or, any_open)
+
+    def split(searches: tuple[Search, ...]) -> tuple[Search, ...]:
+        step = partial(_split_first if shape.scales == 1 else _split, shape)
+        return tuple(map(step, evaluate, problems, searches))
+
+    start = tuple(map(partial(_start, shape), problems))
+    return lax.while_loop(is_uncertain, split, start)
 
 
-def _problem(a: Array, magnitudes: Sequence[float], group: Group, kept: Kept | None) -> Problem:
-    energy = group.sum(jnp.square(a))
-    none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
-    problem = Problem(a, magnitudes, group, energy, none, TOLERANCE, ROUNDS)
-    if kept is None:
-        return problem
-    return problem._replace(
-        kept=problem.known(refitted(a, kept.scale, magnitudes, group)),
-        tolerance=jnp.where(jnp.isnan(kept.scale), TOLERANCE, max(kept.tolerance, TOLERANCE)),
+def _start(shape: Shape, problem: Problem) -> Search:
+    """One interval. Its ends have no errors yet, so these are the least that they may be."""
+    low, high, kept = problem.low, problem.high, problem.kept
+    order = _column(jnp.arange(shape.intervals), low)
+    end = jnp.stack([high, jnp.zeros_like(high)])
+    left = jnp.where(order == 0, jnp.stack([low, jnp.zeros_like(low)])[:, None], end[:, None])
+    right = jnp.broadcast_to(end[:, None], (2, 1 if shape.scales == 1 else len(order), *low.shape))
+    unknown = jnp.stack([low, jnp.full_like(low, jnp.inf)])
+    best = jnp.where(kept[0] > 0, kept, unknown)
+    return Search(left, right, end, best, jnp.zeros((), jnp.int32))
+
+
+def _split(shape: Shape, evaluate: Evaluate, problem: Problem, search: Search) -> Search:
+    """After evaluating scales inside the first intervals of each group."""
+    left, right = search.left, search.right
+    order = _column(jnp.arange(shape.intervals), problem.low)
+    turn = _column(jnp.arange(shape.scales), problem.low)
+    # The scales go to the first intervals in equal parts: to which, from which scale on, how many.
+    number = jnp.clip(jnp.sum(left[0] < right[0], axis=0), 1, shape.scales)
+    owner = turn * number // shape.scales
+    first = -(-owner * shape.scales // number)
+    quota = -(-(owner + 1) * shape.scales // number) - first
+    is_owner = owner == order[:, None]
+
+    def of_owner(x: Array) -> Array:
+        return jnp.sum(jnp.where(is_owner, x[:, None], 0), axis=0)
+
+    low, high = of_owner(left[0]), of_owner(right[0])
+    middle = of_owner(_bound(left, right, problem.energy)[1])
+    spread = low + (high - low) * ((turn - first + 1) / (quota + 1).astype(low.dtype))
+    scales = jnp.where(quota == 1, middle, spread)
+    scales = _start_scales(shape, problem, search, scales)
+    new = jnp.stack([scales, evaluate(scales)])
+    # Intervals go up to the first scale inside, from one to the next, and from the last to the end.
+    starts = is_owner & (turn == first)
+    to_new = jnp.sum(jnp.where(starts, new[:, None], 0), axis=2)
+    next_new = jnp.concatenate([new[:, 1:], new[:, -1:]], axis=1)
+    ends = turn == first + quota - 1
+    from_new = jnp.where(ends, jnp.stack([high, of_owner(right[1])]), next_new)
+    parts = _with_new(problem, search, new)._replace(
+        left=jnp.concatenate([left, new], axis=1),
+        right=jnp.concatenate([jnp.where(order < number, to_new, right), from_new], axis=1),
     )
+    return _open(shape, problem, parts)
 
 
-def _start(problem: Problem) -> Search:
-    """The first intervals, and the best of their ends or the scale to keep."""
-    a, magnitudes, group = problem.a, problem.magnitudes, problem.group
-    # Outside [low, high] every entry has the largest magnitude, or E falls toward the interval.
-    low = jnp.maximum(group.mean(a), jnp.finfo(a.dtype).tiny) / magnitudes[-1]
-    high = jnp.ones_like(low) / next(m for m in magnitudes if m > 0)
-    steps = jnp.arange(INTERVALS + 1, dtype=a.dtype).reshape(-1, *([1] * a.ndim)) / INTERVALS
-    low, high = jnp.log(low)[None], jnp.log(high)[None]
-    nodes = lax.map(problem.known, jnp.exp(low * (1 - steps) + high * steps))
-    least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
-    best = jnp.take_along_axis(nodes, least, axis=0)[0]
-    far = best[1] >= problem.search_below(problem.kept)
-    end = nodes[-1:]
-    return Search(
-        below=nodes[0],
-        ahead=jnp.concatenate([nodes[1:], *[end] * (STACK - INTERVALS)]),
-        end=end,
-        best=jnp.where(far, problem.kept, best),
-        rounds=jnp.zeros((), jnp.int32),
-    )
+def _split_first(shape: Shape, evaluate: Evaluate, problem: Problem, search: Search) -> Search:
+    """After evaluating one scale inside the first interval of each group."""
+    left, right = search.left, search.right
+    middle = _bound(left[:, :1], right, problem.energy)[1]
+    scales = _start_scales(shape, problem, search, middle)
+    new = jnp.stack([scales, evaluate(scales)])
+    search = _with_new(problem, search, new)
+    end = search.end[:, None]
+    rest = jnp.where(left[0] < search.end[0], left, end)[:, 1:]  # at first the end was not known
+
+    def advance(_: int, nodes: Known) -> Known:
+        """Past the first interval, in the groups where it is closed."""
+        is_open = _is_open(problem, search.best, nodes[:, 0], nodes[:, 1])
+        return jnp.where(is_open, nodes, jnp.concatenate([nodes[:, 1:], end], axis=1))
+
+    nodes = jnp.concatenate([left[:, :1], new, rest], axis=1)
+    # A loop, so that the program holds it once.
+    nodes = lax.fori_loop(0, ADVANCES, advance, nodes)[:, : shape.intervals]
+    return search._replace(left=nodes, right=nodes[:, 1:2])
 
 
-def _is_uncertain(problem: Problem, search: Search) -> Array:
-    return (search.rounds < problem.rounds) & jnp.any(search.below[0] < search.end[0, 0])
-
-
-def _split(problem: Problem, search: Search) -> Search:
-    """After evaluating a scale inside the first interval of each group."""
-    scale = _bound(search.below, search.ahead[0], problem.energy)[1]
-    middle = problem.known(scale)
-    better = middle[1] < problem.replace_below(search.best)
-    search = search._replace(
-        ahead=jnp.concatenate([middle[None], search.ahead[:-1]]),
-        best=jnp.where(better, middle, search.best),
+def _with_new(problem: Problem, search: Search, new: Known) -> Search:
+    """The search after another round, with the best of the new scales."""
+    least = _least(new)
+    better = least[1] < problem.replace_below(search.best)
+    return search._replace(
+        end=jnp.where(search.rounds == 0, new[:, -1], search.end),
+        best=jnp.where(better, least, search.best),
         rounds=search.rounds + 1,
     )
-    # A loop, so that the program holds it once: it compiles in two thirds of the time.
-    return lax.fori_loop(0, ADVANCES, lambda _, search: _advance(problem, search), search)
 
 
-def _advance(problem: Problem, search: Search) -> Search:
-    """Past the first interval, in the groups where it holds nothing better."""
-    head = search.ahead[0]
-    bound = _bound(search.below, head, problem.energy)[0]
-    passed = bound >= problem.search_below(search.best)
-    passed |= head[0] <= search.below[0] * (1 + 4 * jnp.finfo(problem.a.dtype).eps)
-    rest = jnp.concatenate([search.ahead[1:], search.end])
-    return search._replace(
-        below=jnp.where(passed, head, search.below), ahead=jnp.where(passed, rest, search.ahead)
-    )
+def _start_scales(shape: Shape, problem: Problem, search: Search, otherwise: Array) -> Array:
+    """Both ends and what is between them, geometrically spaced, in the first rounds.
+
+    One at a time it is both ends first, then downward, because intervals are split from below.
+    """
+    low, high = problem.low, problem.high
+    steps = np.linspace(0, 1, shape.start)
+    if shape.scales == 1:
+        steps = np.concatenate([[1, 0], steps[-2:0:-1]])
+    rounds = steps.size // shape.scales
+    fractions = jnp.asarray(steps.reshape(rounds, shape.scales), low.dtype)
+    step = _column(fractions[jnp.minimum(search.rounds, rounds - 1)], low)
+    between = jnp.exp(jnp.log(low) * (1 - step) + jnp.log(high) * step)
+    scales = jnp.where(step == 0, low, jnp.where(step == 1, high, between))
+    inside = (search.left[0, 0] <= scales) & (scales <= search.right[0, 0])
+    return jnp.where((search.rounds < rounds) & inside, scales, otherwise)
 
 
-def refitted(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
-    """The least-squares scale for the codes that are nearest at `scale`."""
-    q = at_index(level_index(a, scale, magnitudes), magnitudes)
-    norm = group.sum(jnp.square(q))
-    gain = group.sum(q * (a - scale * q))
-    return scale + gain / jnp.where(norm > 0, norm, 1)
+def _open(shape: Shape, problem: Problem, search: Search) -> Search:
+    """The search with only those of its intervals that are open, in order."""
+    left, right = search.left, search.right
+    is_open = _is_open(problem, search.best, left, right)
+    before = is_open & (left[0] < left[0][:, None])
+    rank = jnp.where(is_open, jnp.sum(before, axis=1), -1)
+    number = jnp.sum(is_open, axis=0)
+    order = _column(jnp.arange(shape.intervals), problem.low)
+    is_here = rank == order[:, None]
+    end = search.end[:, None]
+
+    def in_order(x: Known) -> Known:
+        return jnp.where(order < number, jnp.sum(jnp.where(is_here, x[:, None], 0), axis=2), end)
+
+    is_forgotten = (number > shape.intervals) & (order == shape.intervals - 1)
+    return search._replace(left=in_order(left), right=jnp.where(is_forgotten, end, in_order(right)))
 
 
-def _bound(below: Known, above: Known, energy: Array) -> tuple[Array, Array]:
+def _is_open(problem: Problem, best: Known, left: Known, right: Known) -> Array:
+    """Whether a scale between two others may be better than the best."""
+    is_open = _bound(left, right, problem.energy)[0] < problem.search_below(best)
+    return is_open & (right[0] > left[0] * (1 + 4 * jnp.finfo(left.dtype).eps))
+
+
+def _least(nodes: Known) -> Known:
+    """The scale of the least error."""
+    order = _column(jnp.arange(nodes.shape[1]), nodes[0, 0])
+    is_least = order == jnp.argmin(nodes[1], axis=0)
+    return jnp.sum(jnp.where(is_least, nodes, 0), axis=1)
+
+
+def _column(x: Array, groups: Array) -> Array:
+    """A vector as it broadcasts against groups, along a first axis."""
+    return x.reshape(-1, *[1] * groups.ndim)
+
+
+def _bound(left: Known, right: Known, energy: Array) -> tuple[Array, Array]:
     """A lower bound of E between two scales, and the scale at which to split their interval.
 
     With s = s₀·(1 + t·(r − 1)), r = s₁/s₀, the chord of h gives
     E(s) ≥ (1−t)·(s/s₀)·E₀ + t·(s/s₁)·E₁ − t·(1−t)·((r−1)²/r)·Σa², a quadratic in t.
     """
-    (low, e0), (high, e1) = below, above
+    (low, e0), (high, e1) = left, right
     ratio = high / low
     growth = ratio - 1
     slack = energy * growth * growth / ratio
@@ -204,13 +270,3 @@ def _bound(below: Known, above: Known, energy: Array) -> tuple[Array, Array]:
     t = jnp.clip(vertex, 0, 1)
     bound = jnp.minimum(jnp.minimum(e0, e1), e0 + t * (linear + t * square))
     return jnp.maximum(bound, 0), low + (high - low) * jnp.clip(t, 0.1, 0.9)
-
-
-def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
-    """a − the nearest of scale·magnitudes, or its absolute value."""
-    if len(magnitudes) > ROUNDED and are_consecutive(magnitudes):
-        return a - scale * jnp.minimum(jnp.round(a * (1 / scale)), magnitudes[-1])
-    if len(magnitudes) > COMPARED:
-        return a - scale * at_index(level_index(a, scale, magnitudes), magnitudes)
-    distances = [jnp.abs(a - scale * m) if m else a for m in magnitudes]
-    return jax.tree.reduce(jnp.minimum, distances)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax._arguments import is_number
-from brelax_jax.sets._base import Fit, QuantizedSet
+from brelax_jax.sets._base import QuantizedSet
+from brelax_jax.sets._fit import Fit
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._rules import mean_magnitude
 
@@ -82,7 +83,8 @@ class TernaryThreshold(QuantizedSet):
         self._init_fields(factor=float(self.factor), levels=(-1.0, 0.0, 1.0))
 
     @property
-    def _is_mean(self) -> bool:
+    def is_mean(self) -> bool:
+        """See `QuantizedSet.is_mean`."""
         return True
 
     def fit_groups(self, w: Array, group: Group) -> Fit:

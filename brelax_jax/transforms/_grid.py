@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from brelax_jax.sets import Fit, QuantizedSet
-from brelax_jax.sets._base import largest_scale
+from brelax_jax.sets._fit import largest_scale
 
 LANDING = 2  # updates that it takes from anywhere onto the grid
 LEAD = 4  # and of phase I that do

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from brelax_jax.sets import Group, _levels, _rules, _search
-from tests.helpers import oracles
+from tests.helpers import oracles, searching
 
 LEVELS = {
     "binary": (-1, 1),
@@ -113,13 +113,12 @@ def test_the_search_is_over_long_before_its_bound_and_ends_there_in_any_case(mon
         with monkeypatch.context() as patched:
             patched.setattr(_search, "ROUNDS", bound)
             return {
-                bits: _search.branch_and_bound(a, range(2 ** (bits - 1)), ROWS)
-                for bits in most_rounds
+                bits: searching.search_of(a, range(2 ** (bits - 1)), ROWS) for bits in most_rounds
             }
 
     for bits, end in ends(a, _search.ROUNDS).items():
         assert end.rounds <= most_rounds[bits] < _search.ROUNDS
-        assert np.all(end.below[0] == end.ahead[-1, 0])  # certified up to the largest scale
+        assert np.all(end.left[0, 0] == end.end[0])  # certified up to the largest scale
     assert all(end.rounds == 0 for end in ends(np.full_like(a, np.nan), _search.ROUNDS).values())
     assert ends(a, 7)[8].rounds == 7
 
