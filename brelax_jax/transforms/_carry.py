@@ -43,8 +43,9 @@ def with_rules(opt_state: Any, params: Any, optimizer: Any) -> Any:
     >>> brx.quantized_params(state, params)["high"]
     Array([[ 2., -2.]], dtype=float32)
     """
-    floats = dict(leaves_with_paths(float_params(opt_state, _known_params(opt_state, params))))
-    floats = dict(leaves_with_paths(params)) | floats
+    given = dict(leaves_with_paths(params))
+    known = float_params(opt_state, _known_params(opt_state, params))
+    floats = given | dict(leaves_with_paths(known))
     new = optimizer.init(params)
     olds, news = _states_with_paths(opt_state), _states_with_paths(new)
     if not news:
@@ -60,17 +61,14 @@ def with_rules(opt_state: Any, params: Any, optimizer: Any) -> Any:
             f"but at {', '.join(map(repr, olds))}. Wrap the new optimizer as the old one was, or "
             "start it by its `init`."
         )
-    carried = {
-        path: _carried(news[path], olds[path], floats, dict(leaves_with_paths(params)))
-        for path in news
-    }
+    carried = {path: _carried(news[path], olds[path], floats, given) for path in news}
+    outside = dict(leaves_with_paths(opt_state))
 
-    def rest(keys: tuple[Any, ...], node: Any) -> Any:
+    def node_at(keys: tuple[Any, ...], node: Any) -> Any:
         path = path_of(keys)
         return carried[path] if is_state(node) else _same_or(outside.get(path), node)
 
-    outside = dict(leaves_with_paths(opt_state))
-    return jax.tree_util.tree_map_with_path(rest, new, is_leaf=is_state)
+    return jax.tree_util.tree_map_with_path(node_at, new, is_leaf=is_state)
 
 
 def _known_params(opt_state: Any, params: Any) -> Any:
