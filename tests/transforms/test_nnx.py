@@ -158,6 +158,33 @@ def test_orbax_restores_into_an_abstract_state(steps, tmp_path):
     assert_goes_on_alike(pair, again)
 
 
+EVERY_SET = [
+    brx.Ternary(tolerance=0.01),
+    brx.Uniform(4, granularity=brx.PerChannel()),
+    brx.PowerOfTwo(4),
+    brx.ScaledLevels((-1.7, -0.3, 0.3, 1.7), granularity=brx.PerBlock(2, axis=0)),
+]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("qset", EVERY_SET, ids=[type(qset).__name__ for qset in EVERY_SET])
+def test_orbax_restores_the_other_sets_too(qset, steps, tmp_path):
+    def make():
+        model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        optimizer = brx.binary_relax(optax.adam(0.01), qset, 1.0, 3, track_flips=True)
+        return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+
+    pair = make()
+    for _ in range(steps):
+        nnx_step(*pair)
+    graph, like = nnx.split(nnx.eval_shape(make))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(pair))
+        checkpointer.wait_until_finished()
+        again = nnx.merge(graph, checkpointer.restore(tmp_path / "state", like))
+    chex.assert_trees_all_equal(arrays(*again), arrays(*pair))
+
+
 @nnx.jit
 def nnx_step(model, optimizer):
     update(model, optimizer)
