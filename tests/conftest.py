@@ -9,7 +9,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests.helpers import quick  # noqa: F401
+from tests.helpers import quick
+
+quick.install()
 
 SLOWEST = (
     "test_on_eight_devices", "test_exactness", "test_resume", "test_sets", "test_training_mesh",

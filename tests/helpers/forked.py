@@ -13,7 +13,9 @@ from typing import Any
 
 import jax
 
-from tests.helpers import quick  # noqa: F401
+from tests.helpers import quick
+
+quick.install()
 
 SETTINGS = (
     "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",

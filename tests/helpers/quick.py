@@ -1,7 +1,6 @@
 """Programs that are compiled quickly: for what is compared with, and never for what is tested.
 
 Their sums go from one entry to the next, so they are less precise than those of other programs.
-Once this module is imported, `jax_disable_most_optimizations` means the same for all programs.
 """
 
 import functools
@@ -35,10 +34,12 @@ def jit(function, **kwargs):
     return lambda *args: jitted()(*args)
 
 
+def install():
+    """Makes `jax_disable_most_optimizations` mean these options, for all programs."""
+    compiler.get_compile_options = _get_compile_options
+
+
 def _get_compile_options(*args, env_options_overrides=None, **kwargs):
     if jax.config.values["jax_disable_most_optimizations"]:
         env_options_overrides = env_options_overrides or options()
     return get_compile_options(*args, env_options_overrides=env_options_overrides, **kwargs)
-
-
-compiler.get_compile_options = _get_compile_options

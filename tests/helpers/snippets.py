@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.helpers import quick  # noqa: F401
+from tests.helpers import quick
+
+quick.install()
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -13,7 +13,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import meshes, quick  # noqa: F401
+from tests.helpers import meshes, quick
+
+quick.install()
 
 
 def main(port: str, process: str, steps: str, across: str, out: str) -> None:

@@ -145,17 +145,21 @@ def test_a_pure_dict_brings_everything_back(steps):
     assert_goes_on_alike(pair, again)
 
 
+def saved_and_restored(pair, make, directory):
+    """By Orbax, into an abstract state of what `make` makes."""
+    graph, like = nnx.split(nnx.eval_shape(make))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / "state", nnx.state(pair))
+        checkpointer.wait_until_finished()
+        return nnx.merge(graph, checkpointer.restore(directory / "state", like))
+
+
 @pytest.mark.parametrize("steps", [0, STEPS])
 def test_orbax_restores_into_an_abstract_state(steps, tmp_path):
     pair = make()
     for _ in range(steps):
         nnx_step(*pair)
-    graph, like = nnx.split(nnx.eval_shape(make))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", nnx.state(pair))
-        checkpointer.wait_until_finished()
-        again = nnx.merge(graph, checkpointer.restore(tmp_path / "state", like))
-    assert_goes_on_alike(pair, again)
+    assert_goes_on_alike(pair, saved_and_restored(pair, make, tmp_path))
 
 
 EVERY_SET = [
@@ -177,11 +181,7 @@ def test_orbax_restores_the_other_sets_too(qset, steps, tmp_path):
     pair = make()
     for _ in range(steps):
         nnx_step(*pair)
-    graph, like = nnx.split(nnx.eval_shape(make))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", nnx.state(pair))
-        checkpointer.wait_until_finished()
-        again = nnx.merge(graph, checkpointer.restore(tmp_path / "state", like))
+    again = saved_and_restored(pair, make, tmp_path)
     chex.assert_trees_all_equal(arrays(*again), arrays(*pair))
 
 
