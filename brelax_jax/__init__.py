@@ -4,6 +4,7 @@ Data flows one way: which leaves (`select`) → where they must land (the sets) 
 pulled (the proximal maps, the continuation schedules) → the Optax face (`binary_relax`).
 """
 
+from brelax_jax import formats as formats
 from brelax_jax._envelope import distance as distance
 from brelax_jax._envelope import moreau_envelope as moreau_envelope
 from brelax_jax._envelope import relax as relax
@@ -22,6 +23,10 @@ from brelax_jax._schedules import sigmoid_continuation as sigmoid_continuation
 from brelax_jax._select import Selection as Selection
 from brelax_jax._select import select as select
 from brelax_jax.sets import Binary as Binary
+from brelax_jax.sets import Fixed as Fixed
+from brelax_jax.sets import LeastSquares as LeastSquares
+from brelax_jax.sets import MaxMagnitude as MaxMagnitude
+from brelax_jax.sets import MeanMagnitude as MeanMagnitude
 from brelax_jax.sets import PerBlock as PerBlock
 from brelax_jax.sets import PerChannel as PerChannel
 from brelax_jax.sets import PerTensor as PerTensor
@@ -29,6 +34,7 @@ from brelax_jax.sets import PowerOfTwo as PowerOfTwo
 from brelax_jax.sets import Quantized as Quantized
 from brelax_jax.sets import QuantizedSet as QuantizedSet
 from brelax_jax.sets import ScaledLevels as ScaledLevels
+from brelax_jax.sets import ScaleRule as ScaleRule
 from brelax_jax.sets import Ternary as Ternary
 from brelax_jax.sets import TernaryThreshold as TernaryThreshold
 from brelax_jax.sets import Uniform as Uniform
@@ -45,4 +51,4 @@ from brelax_jax.transforms import with_float_params as with_float_params
 from brelax_jax.transforms import with_rules as with_rules
 
 __version__ = "0.1.0"
-__revision__ = 1  # of the algorithm: raised when the same settings train to other weights
+__revision__ = 2  # of the algorithm: raised when the same settings train to other weights

@@ -23,6 +23,7 @@ def blend(y: Array, projection: Array, alpha: Array) -> Array:
 def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     """min over u ∈ Q of ‖u − w‖₂, over all scale groups together.
 
+    Q is the set of all s·q, whatever the set's rule for the scale; with `Fixed`, at the given one.
     Residuals within rounding of w's dtype count as zero, so that a point on Q has distance 0.
     Differentiable almost everywhere, and on Q, where the gradient is 0.
 
@@ -88,7 +89,8 @@ def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
 def relax(y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     """argmin over u of ½·‖u − y‖² + λ/2·distance(u, Q)², which is (λ·proj_Q(y) + y)/(λ + 1).
 
-    The proximal map of the Moreau envelope: y itself at λ = 0, exactly proj_Q(y) at λ = ∞.
+    The proximal map of the Moreau envelope: y itself at λ = 0, exactly proj_Q(y) at λ = ∞. proj_Q
+    is the nearest point of Q, whatever the set's rule; with `Fixed`, at the given scale.
 
     Args:
       y: floating array of any shape, the float weights.
@@ -109,7 +111,7 @@ def relax(y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     References:
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), eq. 3.3.
     """
-    projection = qset.project(y)
+    projection = qset.nearest.project(y)
     y = jnp.asarray(y)
     compute = compute_dtype(y.dtype)
     alpha = strength_of(jnp.asarray(lam, compute))
@@ -118,7 +120,7 @@ def relax(y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
 
 def _residual(w: ArrayLike, qset: QuantizedSet) -> Array:
     """w − proj_Q(w), at least float32, zero where it is within rounding of w's dtype."""
-    projection = qset.project(w)
+    projection = qset.nearest.project(w)
     w = jnp.asarray(w)
     compute = compute_dtype(w.dtype)
     residual = w.astype(compute) - projection.astype(compute)

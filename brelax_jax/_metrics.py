@@ -27,6 +27,8 @@ class LeafMetrics(NamedTuple):
       scale: the scale of each group, of the weight's rank.
       flips: scalar, the share of weights whose level the last update changed (for `Binary`, whose
         sign); None unless the transformation was made with `track_flips=True`.
+      saturated: int32 scalar, the number of groups whose scale is the least or the largest of the
+        set's `scale_dtype`, because their own may be beyond it; None if the set has none.
     """
 
     lam: Array
@@ -35,6 +37,7 @@ class LeafMetrics(NamedTuple):
     occupancy: Array
     scale: Array
     flips: Array | None
+    saturated: Array | None = None
 
 
 def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
@@ -85,8 +88,18 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
     for path, (distance, occupancy, flips) in fold_leaves(measured, arrays).items():
         [lam], scale = jax.tree.leaves(leaves[path].state.lam), leaves[path].fit.scale
         lam = jnp.where(lam < jnp.finfo(lam.dtype).max, lam, jnp.inf)
-        found[path] = LeafMetrics(lam, strength_of(lam), distance, occupancy, scale, flips)
+        saturated = _saturated(leaves[path].qset, scale)
+        found[path] = LeafMetrics(
+            lam, strength_of(lam), distance, occupancy, scale, flips, saturated
+        )
     return found
+
+
+def _saturated(qset: QuantizedSet, scale: Array) -> Array | None:
+    scales = qset.scales_of_dtype
+    if scales is None:
+        return None
+    return jnp.sum((scale == scales.least) | (scale == scales.most), dtype=jnp.int32)
 
 
 def _share(qset: QuantizedSet, condition: Array) -> Array:

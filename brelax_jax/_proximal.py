@@ -118,8 +118,9 @@ class PiecewiseAffine(ProximalMap):
     midpoint c = (a + b)/2; beyond the last level, that level.
 
     The slope λ + 1 turns a line into steps, continuously: weights near a level are on it exactly,
-    long before the others. At λ = 0 it is y, cut off at the last levels. A `TernaryThreshold`
-    whose cut is not halfway holds the weights between the two at the midpoint.
+    long before the others. At λ = 0 it is y, cut off at the last levels. With
+    `MeanMagnitude`, whose codes may not be the nearest ones at the scale, weights that have another
+    code than the nearest are held at the midpoint.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> y = jnp.array([0.25, -1.75, 0.5, -1.5])  # the scale is 1

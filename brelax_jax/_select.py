@@ -56,7 +56,7 @@ class Selection:
         >>> import brelax_jax as brx, jax.numpy as jnp
         >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
         >>> brx.select((lambda path, leaf: leaf.ndim == 2, brx.Uniform(4))).assign(params)
-        {'dense/kernel': Uniform(granularity=PerTensor(axis_name=None), tolerance=0.0, bits=4)}
+        {'dense/kernel': Uniform(bits=4)}
         """
         leaves = leaves_with_paths(params)
         for path, count in collections.Counter(path for path, _ in leaves).items():

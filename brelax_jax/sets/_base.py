@@ -1,5 +1,6 @@
 """What every quantized set is: levels, a granularity, a scale, and the projection they make."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -10,78 +11,95 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from brelax_jax._arguments import is_number
-from brelax_jax.sets._fit import FLOATS, Fit, fit_array, fit_finely
+from brelax_jax.sets._fit import FLOATS, fit_all, fit_finely
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
-from brelax_jax.sets._group import Group
 from brelax_jax.sets._levels import at_index, level_index
 from brelax_jax.sets._quantized import Quantized, without_negative_zero
-from brelax_jax.sets._rules import least_squares_scale
+from brelax_jax.sets._rules import Fit, Fixed, LeastSquares, ScaleRule
+from brelax_jax.sets._scale_dtype import DTYPES, Scales, name_of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedSet:
     """Q = { s·q : s ≥ 0, q ∈ Lⁿ } for each scale group, with a symmetric level set L.
 
-    The sets of this library derive from it. A new one states its `levels`; only if its scale is not
-    to be the least-squares one does it need a `fit_groups` of its own.
+    The sets of this library derive from it. A new one states its `levels`.
 
     Attributes:
       granularity: which weights share a scale s.
-      tolerance: in training, how far the squared error may be above the least one, relative, before
-        a scale is searched for anew; until then that of the same codes follows the weights. 0
-        always takes the least, and may jump from one step to the next (docs/projections.md).
-        `project` and `quantize` see no step before, and take the least in any case.
+      rule: how the scale of a group is found: `LeastSquares()`, which is exact, unless told;
+        `MeanMagnitude(factor)`, `MaxMagnitude()` or `Fixed(value)`.
+      scale_dtype: the dtype whose normal numbers the scales are, for export: "float16", "bfloat16",
+        "float8_e4m3fn" or "float8_e8m0fnu" (powers of two); None for all numbers. Scales are still
+        kept as float32 or wider. Least squares then finds the best scale among them, another rule
+        takes the nearest one. Scales beyond them become the least or the largest.
       levels: L, ascending, at scale 1.
     """
 
     granularity: Granularity = dataclasses.field(default=PerTensor(), kw_only=True)
-    tolerance: float = dataclasses.field(default=0.0, kw_only=True)
+    rule: ScaleRule = dataclasses.field(default=LeastSquares(), kw_only=True)
+    scale_dtype: str | None = dataclasses.field(default=None, kw_only=True)
     levels: tuple[float, ...] = dataclasses.field(init=False, repr=False)
 
     def _init_fields(self, **attributes: object) -> None:
         """Sets attributes of a frozen instance, once, in `__post_init__`."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
         if isinstance(self.granularity, type) or not hasattr(self.granularity, "groups"):
             raise ValueError(
                 "granularity must be PerTensor(), PerChannel(axis) or PerBlock(size, axis), "
                 f"got {self.granularity!r}."
             )
-        for name, value in attributes.items():
-            object.__setattr__(self, name, value)
-        if is_number(self.tolerance):
-            object.__setattr__(self, "tolerance", float(self.tolerance))
-        if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
+        if not isinstance(self.rule, ScaleRule):
             raise ValueError(
-                f"tolerance must be a number from 0 to less than 1, got {self.tolerance!r}."
+                "rule must be LeastSquares(), MeanMagnitude(factor), MaxMagnitude() or "
+                f"Fixed(value), got {self.rule!r}."
             )
-        if self.tolerance and not self._searched:
-            raise ValueError(
-                f"tolerance is for sets whose scale is searched for, got {self.tolerance!r}; "
-                f"{type(self).__name__}'s is a formula, which does not jump: leave it out."
-            )
+        self.rule.check(self.magnitudes, type(self).__name__)
+        if self.scale_dtype is not None:
+            object.__setattr__(self, "scale_dtype", name_of(self.scale_dtype))
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, as it is written."""
+        given = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if field.init and getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @property
-    def _searched(self) -> bool:
+    def is_searched(self) -> bool:
         """Whether the scale is the best one of a search, not a formula."""
-        least_squares = type(self).fit_groups is QuantizedSet.fit_groups
-        return least_squares and len(self.magnitudes) > 1
+        return isinstance(self.rule, LeastSquares) and len(self.magnitudes) > 1
+
+    @property
+    def scales_of_dtype(self) -> Scales | None:
+        """The scales that there are; None for all."""
+        return None if self.scale_dtype is None else DTYPES[self.scale_dtype]
+
+    @property
+    def nearest(self) -> "QuantizedSet":
+        """This set with the rule that finds its nearest point: the given scale if it is fixed."""
+        if isinstance(self.rule, Fixed | LeastSquares):
+            return self
+        nearest = copy.copy(self)
+        object.__setattr__(nearest, "rule", LeastSquares())
+        return nearest
 
     @property
     def magnitudes(self) -> tuple[float, ...]:
         """The nonnegative levels, ascending."""
         return tuple(level for level in self.levels if level >= 0)
 
-    @property
-    def is_mean(self) -> bool:
-        """Whether the scale is a mean of magnitudes, by this library's own rules."""
-        least_squares = type(self).fit_groups is QuantizedSet.fit_groups
-        return least_squares and len(self.magnitudes) == 1
-
     def project(self, w: ArrayLike) -> Array:
-        """argmin over u ∈ Q of ‖u − w‖².
+        """The point of Q for w: with the rule `LeastSquares`, argmin over u ∈ Q of ‖u − w‖².
 
         Differentiable almost everywhere, by the projection's own derivative: q·⟨q, ·⟩/⟨q, q⟩ in
-        each group.
+        each group with codes q, where the scale is the least-squares one of its codes. With
+        `MeanMagnitude(f, refit=False)` it is q·f·mean(sign(w)·), with `MaxMagnitude` q times the
+        change of the largest weight over the largest level, with `Fixed` 0. The rounding of a
+        `scale_dtype` counts as the identity.
 
         Args:
           w: floating array of any shape.
@@ -120,24 +138,15 @@ class QuantizedSet:
 
         Args:
           w: floats.
-          last: the fit of the weights from which w came by a step, kept as `tolerance` says.
+          last: the fit of the weights from which w came by a step, kept as the rule's `tolerance`
+            says.
         """
-        return fit_array(self, w, last if self.tolerance and self._searched else None)
-
-    def fit_groups(self, w: Array, group: Group) -> Fit:
-        """As `fit`, for w in a view in which the sum of each group is `group.sum(w)`.
-
-        Args:
-          w: floats, at least float32; not empty.
-          group: the reductions over a group. A scale is of the shape of their results.
-        """
-        return Fit(least_squares_scale(w, self.magnitudes, group))
+        return fit_all([self], [w], [last])[0]
 
     def codes(self, w: Array, fit: Fit) -> Array:
         """Signed indices into the magnitudes, for w placed by `fit`; floats of w's shape."""
-        view, scale, cut = self.views(w, fit)
-        a = jnp.abs(view)
-        index = level_index(a, scale, self.magnitudes) if cut is None else (a > cut).astype(a.dtype)
+        view, _, code_scale = self.views(w, fit)
+        index = level_index(jnp.abs(view), code_scale, self.magnitudes)
         index += len(self.table) - len(self.magnitudes)
         return jnp.where((view < 0) & (index > 0), -index, index).reshape(w.shape)
 
@@ -176,14 +185,16 @@ class QuantizedSet:
         """What codes index: the magnitudes from 0 on, so that codes of other levels have a sign."""
         return self.magnitudes if self.magnitudes[0] == 0 else (0.0, *self.magnitudes)
 
-    def views(self, w: Array, fit: Fit) -> tuple[Array, Array, Array | None]:
-        """w in the scale's dtype, the scale and the cut, in the view in which they broadcast."""
+    def views(self, w: Array, fit: Fit) -> tuple[Array, Array, Array]:
+        """w in the scale's dtype, the scale and the scale at which codes are the nearest ones, in
+        the view in which they broadcast.
+        """
         groups: Groups = self.granularity.groups(w.shape)
-        cut = None if fit.cut is None else fit.cut.reshape(groups.scale_view)
+        code_scale = fit.scale if fit.code_scale is None else fit.code_scale
         return (
             w.astype(fit.scale.dtype).reshape(groups.view),
             fit.scale.reshape(groups.scale_view),
-            cut,
+            code_scale.reshape(groups.scale_view),
         )
 
     def _checked(self, w: ArrayLike) -> Array:
@@ -218,13 +229,31 @@ def _differentiable(qset: QuantizedSet, w: Array) -> Array:
 def _project_jvp(
     qset: QuantizedSet, primals: Sequence[Array], tangents: Sequence[Array]
 ) -> tuple[Array, Array]:
-    """With the codes q locally constant, the scale is ⟨q, w⟩/⟨q, q⟩, linear in w."""
+    """With the codes q locally constant only the scale changes."""
     (w,), (tangent,) = primals, tangents
     fit = fit_finely(qset, w)
-    groups = qset.granularity.groups(w.shape)
-    q = qset.at_unit_scale(w, fit).reshape(groups.view)
-    along = groups.group.sum(q * tangent.astype(q.dtype).reshape(groups.view))
-    norm = groups.group.sum(jnp.square(q))
-    derivative = q * (along / jnp.where(norm > 0, norm, 1))
+    derivative = qset.at_unit_scale(w, fit) * _scale_derivative(qset, w, fit, tangent)
     projection = without_negative_zero(qset.place(w, fit).astype(w.dtype))
-    return projection, derivative.reshape(w.shape).astype(w.dtype)
+    return projection, derivative.astype(w.dtype)
+
+
+def _scale_derivative(qset: QuantizedSet, w: Array, fit: Fit, tangent: Array) -> Array:
+    """Of the scale of each entry: ⟨q, ·⟩/⟨q, q⟩ where the scale is the least-squares one of the
+    codes q; in other rules, their own.
+    """
+    if w.size == 0:
+        return tangent
+    tangent = tangent.astype(fit.scale.dtype)
+    groups = qset.granularity.groups(w.shape)
+    if qset.rule.refits:
+        q = qset.at_unit_scale(w, fit).reshape(groups.view)
+        along = groups.group.sum(q * tangent.reshape(groups.view))
+        norm = groups.group.sum(jnp.square(q))
+        derivative = along / jnp.where(norm > 0, norm, 1)
+    else:
+        _, derivative = jax.jvp(
+            lambda view: qset.rule.fit_groups(view, qset.magnitudes, groups.group).scale,
+            [w.astype(fit.scale.dtype).reshape(groups.view)],
+            [tangent.reshape(groups.view)],
+        )
+    return jnp.broadcast_to(derivative, groups.view).reshape(w.shape)

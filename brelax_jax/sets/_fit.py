@@ -1,7 +1,8 @@
-"""What places an array on its set: the scale of each group."""
+"""What places arrays on their sets: the fits of all of them."""
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +10,16 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from brelax_jax.sets._levels import at_index, level_index, shift_of
-from brelax_jax.sets._rules import least_squares_scale
-from brelax_jax.sets._search import Kept
+from brelax_jax.sets._rules import Fit, LeastSquares
+from brelax_jax.sets._scale_dtype import Scales
+from brelax_jax.sets._together import searched_scales
+from brelax_jax.sets._weights import Weights
 
 if TYPE_CHECKING:
     from brelax_jax.sets._base import QuantizedSet
 
+FORCED: bool | None = None  # for tests: see `searched_scales`
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-
-
-class Fit(NamedTuple):
-    """What places one array on a set: with it, the projection is elementwise.
-
-    Attributes:
-      scale: one entry per group, of the array's rank, at least float32.
-      cut: for sets that do not round to the nearest level, where |w| leaves zero; as `scale`, else
-        None.
-    """
-
-    scale: Array
-    cut: Array | None = None
 
 
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -42,21 +33,72 @@ def promoted(*dtypes: DTypeLike) -> jnp.dtype:
         return jnp.result_type(*dtypes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def fit_array(qset: "QuantizedSet", w: Array, last: Fit | None) -> Fit:
-    groups = qset.granularity.groups(w.shape)
-    if w.size == 0:
-        return Fit(jnp.zeros(groups.scale, compute_dtype(w.dtype)))
-    view = w.astype(compute_dtype(w.dtype)).reshape(groups.view)
-    if last is None:
-        fit = qset.fit_groups(view, groups.group)
-    else:
-        known = jnp.where(last.scale > 0, last.scale, jnp.nan)  # not in the first step
-        kept = Kept(known.reshape(groups.scale_view), qset.tolerance)
-        fit = Fit(least_squares_scale(view, qset.magnitudes, groups.group, kept))
-    fit = jax.tree.map(lambda x: x.reshape(groups.scale), fit)
+def fit_all(
+    qsets: Sequence["QuantizedSet"],
+    arrays: Sequence[Array],
+    last: Sequence[Fit | None] | None = None,
+    digits: Sequence[int] | None = None,
+) -> list[Fit]:
+    """As `fit`, for many arrays. What can be computed for all of them together is.
+
+    Args:
+      qsets: the set of each array.
+      arrays: floats.
+      last: the fit from before of each one.
+      digits: to how many significant bits the scales of each one will be rounded, where a set's
+        scales are those of a dtype.
+    """
+    given = [None] * len(arrays) if last is None else list(last)
+    allowed = [qset.scales_of_dtype for qset in qsets]
+    for i, each in enumerate(digits or ()):
+        scales = allowed[i]
+        if scales is not None:
+            allowed[i] = scales._replace(digits=min(scales.digits, each))
+    return _fit_all(tuple(qsets), tuple(allowed), FORCED, list(arrays), given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fit_all(
+    qsets: tuple["QuantizedSet", ...],
+    allowed: tuple[Scales | None, ...],
+    forced: bool | None,
+    arrays: list[Array],
+    last: list[Fit | None],
+) -> list[Fit]:
+    fits: dict[int, Fit] = {}
+    searched: dict[tuple[float, ...], dict[int, Weights]] = {}
+    for i, (qset, w, before) in enumerate(zip(qsets, arrays, last, strict=True)):
+        groups, dtype, rule = qset.granularity.groups(w.shape), compute_dtype(w.dtype), qset.rule
+        view = w.astype(dtype).reshape(groups.view)
+        if w.size == 0:
+            fits[i] = Fit(jnp.zeros(groups.scale, dtype))
+        elif isinstance(rule, LeastSquares) and len(qset.magnitudes) > 1:
+            kept = before.scale.reshape(groups.scale_view) if before and rule.tolerance else None
+            weights = Weights(view, groups.group, kept, rule.tolerance, allowed[i])
+            searched.setdefault(qset.magnitudes, {})[i] = weights
+        else:
+            fits[i] = rule.fit_groups(view, qset.magnitudes, groups.group)
+    for magnitudes, weights in searched.items():
+        found = searched_scales(magnitudes, list(weights.values()), forced)
+        fits |= zip(weights, map(Fit, found), strict=True)
+    return [
+        _shaped(qset, w, fits[i], allowed[i])
+        for i, (qset, w) in enumerate(zip(qsets, arrays, strict=True))
+    ]
+
+
+def _shaped(qset: "QuantizedSet", w: Array, fit: Fit, allowed: Scales | None) -> Fit:
+    """A fit in the state's shape, with scales that both the array's and the scales' dtype hold."""
+    shape = qset.granularity.groups(w.shape).scale
+    fit = jax.tree.map(lambda x: x.reshape(shape), fit)
+    if allowed is not None:
+        fit = fit._replace(scale=allowed.nearest(fit.scale))
     most = largest_scale(qset, w, fit.scale, w.dtype)
-    return fit if most is None else fit._replace(scale=jnp.minimum(fit.scale, most))
+    if most is None:
+        return fit
+    if allowed is not None:
+        most = allowed.at_most(most)
+    return fit._replace(scale=jnp.minimum(fit.scale, most))
 
 
 def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
@@ -64,7 +106,8 @@ def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
     by many roundings, and a point of Q is to be its own projection.
     """
     fit = qset.fit(w)
-    if w.size == 0 or not qset.is_mean:
+    is_mean = qset.rule.refits and not qset.is_searched
+    if w.size == 0 or not is_mean or qset.scale_dtype is not None:
         return fit
     groups = qset.granularity.groups(w.shape)
     q = qset.at_unit_scale(w, fit).reshape(groups.view)

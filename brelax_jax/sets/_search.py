@@ -13,18 +13,24 @@ than the best scale known, it moves on, else it splits the interval. What it rem
 stack of scales ahead at which E is known; the farthest are forgotten when it is full, which costs
 an evaluation later. It ends with a certificate: no scale anywhere has an error below the best one
 found by more than `TOLERANCE`, relative, or by more than the tolerance of a scale that is kept.
+
+Where only some scales are allowed, it evaluates no others, and an interval with none inside is
+passed.
+
+This is the search of one array, one scale a round, which is fastest on CPU. On accelerators
+`_together.py` takes its place.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index
+from brelax_jax.sets._weights import Unit, Weights, error, gain_of, refitted
 
 INTERVALS = 4  # to begin with, geometrically spaced
 STACK = 8  # scales ahead that are remembered
@@ -32,50 +38,22 @@ ADVANCES = 3  # intervals that an evaluation may leave behind, at most
 ROUNDS = 2000  # evaluations of E at most; ternary takes about 10, Uniform(8) up to 400
 TOLERANCE = 1e-6  # of the squared error
 FLOOR = 1e-12  # of the sum of squares: errors below are rounding
-ROUNDED = 3  # beyond so many consecutive magnitudes, multiplying by one reciprocal is faster
+
+Known: TypeAlias = Array  # scales, and the errors at them, along a first axis of two
 
 
-class Kept(NamedTuple):
-    """The scales of weights from which the present ones came by a small step.
-
-    Attributes:
-      scale: of the shape of a group's sums; NaN where there is none.
-      tolerance: how far the squared error may be above the least one, relative. Within it the scale
-        of the same codes, fitted anew, is kept.
-    """
-
-    scale: Array
-    tolerance: float
-
-
-Known: TypeAlias = Array  # scales, and below them along a first axis the errors at them
-
-
-class Problem(NamedTuple):
-    """What a search is given.
+class Goal(NamedTuple):
+    """What is wanted of each group.
 
     Attributes:
-      a: magnitudes of weights, of which the largest in each group is 1.
-      magnitudes: those of the levels, ascending.
-      group: which entries of `a` form a group.
-      energy: the sum of a² over each group.
+      energy: the sum of a² over the group.
       kept: the scale to keep while it is nearly the best; −1 if there is none.
       tolerance: how far the error of the answer may be above the least, relative.
-      rounds: evaluations at most.
     """
 
-    a: Array
-    magnitudes: Sequence[float]
-    group: Group
     energy: Array
     kept: Known
-    tolerance: float | Array
-    rounds: int
-
-    def known(self, scale: Array) -> Known:
-        """A scale with its error, from one pass over the weights."""
-        residual = _residual(self.a, scale, self.magnitudes)
-        return jnp.stack([scale, self.group.sum(jnp.square(residual))])
+    tolerance: Array
 
     def search_below(self, best: Known) -> Array:
         """The error below which a scale is worth searching for."""
@@ -83,8 +61,35 @@ class Problem(NamedTuple):
 
     def replace_below(self, best: Known) -> Array:
         """The error below which another scale replaces the best one."""
-        is_kept = best[0] == self.kept[0]
-        return jnp.where(is_kept, self.search_below(best), best[1])
+        return jnp.where(best[0] == self.kept[0], self.search_below(best), best[1])
+
+
+class Problem(NamedTuple):
+    """What the search of one array is given.
+
+    Attributes:
+      a: magnitudes of weights, less than 2.
+      peak: the largest of each group.
+      magnitudes: those of the levels, ascending.
+      group: which entries of `a` form a group.
+      unit: what the weights were divided by.
+      goal: what is wanted.
+    """
+
+    a: Array
+    peak: Array
+    magnitudes: Sequence[float]
+    group: Group
+    unit: Unit
+    goal: Goal
+
+    def known(self, scale: Array) -> Known:
+        """A scale with its error, from one pass over the weights."""
+        return jnp.stack([scale, error(self.a, scale, self.magnitudes, self.group)])
+
+    def refitted(self, scale: Array) -> Array:
+        """The least-squares scale for the codes that are nearest at `scale`."""
+        return refitted(scale, gain_of(self.a, scale, self.magnitudes, self.group))
 
 
 class Search(NamedTuple):
@@ -105,58 +110,97 @@ class Search(NamedTuple):
     rounds: Array
 
 
-def branch_and_bound(
-    a: Array, magnitudes: Sequence[float], group: Group, kept: Kept | None = None
-) -> Search:
-    """The search at its end, for magnitudes of weights of which the largest in each group is 1."""
-    problem = _problem(a, magnitudes, group, kept)
-    start = _advance(problem, _start(problem))
-    return lax.while_loop(partial(_is_uncertain, problem), partial(_split, problem), start)
+def searched_scale(magnitudes: Sequence[float], weights: Weights) -> Array:
+    """argmin over the allowed s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group.
+
+    Returns:
+      Scales of w's dtype that broadcast against it: 0 for groups of zeros, NaN for groups that hold
+      one or an infinity.
+    """
+    peak = weights.group.max(jnp.abs(weights.w))
+    problem = problem_of(magnitudes, weights, peak)
+    best = branch_and_bound(problem).best[0]
+    if weights.allowed is None:
+        best = problem.refitted(best)
+    return problem.unit.scales(best, peak)
 
 
-def _problem(a: Array, magnitudes: Sequence[float], group: Group, kept: Kept | None) -> Problem:
-    energy = group.sum(jnp.square(a))
+def problem_of(magnitudes: Sequence[float], weights: Weights, peak: Array) -> Problem:
+    """The problem for weights with this largest magnitude in each group."""
+    unit = Unit.of(peak, weights.allowed)
+    a = jnp.abs(weights.w * unit.inverse)
+    energy = weights.group.sum(jnp.square(a))
     none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
-    problem = Problem(a, magnitudes, group, energy, none, TOLERANCE, ROUNDS)
-    if kept is None:
+    least = jnp.full_like(energy, TOLERANCE)
+    goal = Goal(energy, none, least)
+    problem = Problem(a, peak * unit.inverse, magnitudes, weights.group, unit, goal)
+    if weights.kept is None:
         return problem
-    return problem._replace(
-        kept=problem.known(refitted(a, kept.scale, magnitudes, group)),
-        tolerance=jnp.where(jnp.isnan(kept.scale), TOLERANCE, max(kept.tolerance, TOLERANCE)),
-    )
+    is_known = weights.kept > 0  # not in the first step
+    kept = unit.nearest(problem.refitted(weights.kept * unit.inverse))
+    tolerance = jnp.maximum(least, jnp.where(is_known, weights.tolerance, 0))
+    goal = Goal(energy, problem.known(jnp.where(is_known, kept, jnp.nan)), tolerance)
+    return problem._replace(goal=goal)
+
+
+def branch_and_bound(problem: Problem) -> Search:
+    """The search at its end."""
+    start = _advance(problem, _start(problem))
+    return lax.while_loop(_is_uncertain, partial(_split, problem), start)
 
 
 def _start(problem: Problem) -> Search:
     """The first intervals, and the best of their ends or the scale to keep."""
-    a, magnitudes, group = problem.a, problem.magnitudes, problem.group
-    # Outside [low, high] every entry has the largest magnitude, or E falls toward the interval.
-    low = jnp.maximum(group.mean(a), jnp.finfo(a.dtype).tiny) / magnitudes[-1]
-    high = jnp.ones_like(low) / next(m for m in magnitudes if m > 0)
-    steps = jnp.arange(INTERVALS + 1, dtype=a.dtype).reshape(-1, *([1] * a.ndim)) / INTERVALS
-    low, high = jnp.log(low)[None], jnp.log(high)[None]
-    nodes = lax.map(problem.known, jnp.exp(low * (1 - steps) + high * steps))
+    a, unit = problem.a, problem.unit
+    low, high = bounds(problem.magnitudes, problem.group.mean(a), problem.peak, unit)
+    fractions = np.linspace(0, 1, INTERVALS + 1)
+    step = jnp.asarray(fractions, a.dtype).reshape(-1, *[1] * a.ndim)
+    nodes = lax.map(problem.known, between(low, high, step, unit))
     least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
     best = jnp.take_along_axis(nodes, least, axis=0)[0]
-    far = best[1] >= problem.search_below(problem.kept)
+    far = best[1] >= problem.goal.search_below(problem.goal.kept)
     end = nodes[-1:]
     return Search(
         below=nodes[0],
         ahead=jnp.concatenate([nodes[1:], *[end] * (STACK - INTERVALS)]),
         end=end,
-        best=jnp.where(far, problem.kept, best),
+        best=jnp.where(far, problem.goal.kept, best),
         rounds=jnp.zeros((), jnp.int32),
     )
 
 
-def _is_uncertain(problem: Problem, search: Search) -> Array:
-    return (search.rounds < problem.rounds) & jnp.any(search.below[0] < search.end[0, 0])
+def bounds(
+    magnitudes: Sequence[float], mean: Array, peak: Array, unit: Unit
+) -> tuple[Array, Array]:
+    """The scales between which the best one is, for magnitudes with this mean and largest one.
+
+    Outside of them every entry has the largest magnitude, or E falls toward them.
+    """
+    low = jnp.maximum(mean, jnp.finfo(mean.dtype).tiny) / magnitudes[-1]
+    high = jnp.maximum(peak / next(m for m in magnitudes if m > 0), low)
+    if unit.allowed is None:
+        return low, high
+    return unit.at_most(low), unit.at_most(unit.after(unit.at_most(high)))
+
+
+def between(low: Array, high: Array, step: Array, unit: Unit) -> Array:
+    """Scales from one to another, geometrically spaced: low at step 0 and high at step 1."""
+    spaced = unit.at_most(jnp.exp(jnp.log(low) * (1 - step) + jnp.log(high) * step))
+    return jnp.where(step == 0, low, jnp.where(step == 1, high, spaced))
+
+
+def _is_uncertain(search: Search) -> Array:
+    return (search.rounds < ROUNDS) & jnp.any(search.below[0] < search.end[0, 0])
 
 
 def _split(problem: Problem, search: Search) -> Search:
     """After evaluating a scale inside the first interval of each group."""
-    scale = _bound(search.below, search.ahead[0], problem.energy)[1]
+    head, unit = search.ahead[0], problem.unit
+    scale = unit.at_most(interval(search.below, head, problem.goal.energy)[1])
+    if unit.allowed is not None:
+        scale = jnp.clip(scale, unit.after(search.below[0]), head[0])
     middle = problem.known(scale)
-    better = middle[1] < problem.replace_below(search.best)
+    better = middle[1] < problem.goal.replace_below(search.best)
     search = search._replace(
         ahead=jnp.concatenate([middle[None], search.ahead[:-1]]),
         best=jnp.where(better, middle, search.best),
@@ -169,30 +213,26 @@ def _split(problem: Problem, search: Search) -> Search:
 def _advance(problem: Problem, search: Search) -> Search:
     """Past the first interval, in the groups where it holds nothing better."""
     head = search.ahead[0]
-    bound = _bound(search.below, head, problem.energy)[0]
-    passed = bound >= problem.search_below(search.best)
-    passed |= head[0] <= search.below[0] * (1 + 4 * jnp.finfo(problem.a.dtype).eps)
+    passed = ~is_open(search.below, head, search.best, problem.goal, problem.unit)
     rest = jnp.concatenate([search.ahead[1:], search.end])
     return search._replace(
         below=jnp.where(passed, head, search.below), ahead=jnp.where(passed, rest, search.ahead)
     )
 
 
-def refitted(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
-    """The least-squares scale for the codes that are nearest at `scale`."""
-    q = at_index(level_index(a, scale, magnitudes), magnitudes)
-    norm = group.sum(jnp.square(q))
-    gain = group.sum(q * (a - scale * q))
-    return scale + gain / jnp.where(norm > 0, norm, 1)
+def is_open(left: Known, right: Known, best: Known, goal: Goal, unit: Unit) -> Array:
+    """Whether a scale between two others may be better than the best."""
+    is_wide = right[0] > unit.after(left[0])
+    return is_wide & (interval(left, right, goal.energy)[0] < goal.search_below(best))
 
 
-def _bound(below: Known, above: Known, energy: Array) -> tuple[Array, Array]:
+def interval(left: Known, right: Known, energy: Array) -> tuple[Array, Array]:
     """A lower bound of E between two scales, and the scale at which to split their interval.
 
     With s = s₀·(1 + t·(r − 1)), r = s₁/s₀, the chord of h gives
     E(s) ≥ (1−t)·(s/s₀)·E₀ + t·(s/s₁)·E₁ − t·(1−t)·((r−1)²/r)·Σa², a quadratic in t.
     """
-    (low, e0), (high, e1) = below, above
+    (low, e0), (high, e1) = left, right
     ratio = high / low
     growth = ratio - 1
     slack = energy * growth * growth / ratio
@@ -204,13 +244,3 @@ def _bound(below: Known, above: Known, energy: Array) -> tuple[Array, Array]:
     t = jnp.clip(vertex, 0, 1)
     bound = jnp.minimum(jnp.minimum(e0, e1), e0 + t * (linear + t * square))
     return jnp.maximum(bound, 0), low + (high - low) * jnp.clip(t, 0.1, 0.9)
-
-
-def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
-    """a − the nearest of scale·magnitudes, or its absolute value."""
-    if len(magnitudes) > ROUNDED and are_consecutive(magnitudes):
-        return a - scale * jnp.minimum(jnp.round(a * (1 / scale)), magnitudes[-1])
-    if len(magnitudes) > COMPARED:
-        return a - scale * at_index(level_index(a, scale, magnitudes), magnitudes)
-    distances = [jnp.abs(a - scale * m) if m else a for m in magnitudes]
-    return jax.tree.reduce(jnp.minimum, distances)

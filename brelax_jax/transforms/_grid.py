@@ -9,7 +9,9 @@ on a grid:
   spacing is 2^(top − digits + 1 + headroom), where the dtype's significand has `digits` bits. Then
   differences of two weights up to 2^headroom times the largest level are exact, and so are steps in
   which the scale grows or shrinks as much.
-- The stored scale is rounded to the grid, so that code × scale is on it.
+- The stored scale is rounded to the grid, so that level × scale is on it; for levels that are small
+  integers over a power of two, to a grid that is as much coarser. Other levels times scale are
+  rounded.
 - The last `LEAD` updates of phase I round w to the grid and clip it to `reach`, far outside the
   levels. Where p + (w − p) would miss w, because p is not on the grid yet, p itself is rounded to
   the grid: that is exact, since the two are within a factor of two of one another (or it goes to 0,
@@ -29,6 +31,7 @@ from brelax_jax.sets._fit import largest_scale
 
 LANDING = 2  # updates that it takes from anywhere onto the grid
 LEAD = 4  # and of phase I that do
+MOST_INTEGER = 256  # that a level may be over a power of two, for it to cost a scale bits
 
 
 class Grid(NamedTuple):
@@ -68,12 +71,14 @@ class _Shape(NamedTuple):
     Attributes:
       digits: bits of the dtype's significand.
       finest: of the spacing.
+      fraction: of that of scales, in spacings: levels are integers over 2^fraction.
       top: of a bound of the largest level.
       reach: of the largest weight near phase II.
     """
 
     digits: int
     finest: int
+    fraction: int
     top: int
     reach: int
 
@@ -82,8 +87,10 @@ class _Shape(NamedTuple):
         digits = jnp.finfo(dtype).nmant + 1
         headroom = 4 if digits > 16 else 1
         top = 1 + math.ceil(math.log2(qset.magnitudes[-1]))
+        fraction = _fraction_of(qset) or 0
         # The scale's leading bit is kept: the 16-bit dtypes hold no more for many levels.
-        return _Shape(digits, min(top - (digits - 1 - headroom), 0), top, top + headroom // 2)
+        finest = min(top - (digits - 1 - headroom), -fraction)
+        return _Shape(digits, finest, fraction, top, top + headroom // 2)
 
 
 def _leading_bit(x: Array) -> Array:
@@ -100,16 +107,34 @@ def _leading_bit(x: Array) -> Array:
 def round_fit(fit: Fit, y: Array, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     """The fit of y with its scale on the grid."""
     grid = grid_of(fit.scale, qset, dtype)
-    scale = grid.round(fit.scale)
+    unit = 2.0 ** _Shape.of(qset, dtype).fraction
+    density, spacing = grid.density / unit, grid.spacing * unit
+    scale = jnp.round(fit.scale * density) * spacing
     most = largest_scale(qset, y, fit.scale, dtype)
     if most is not None:
-        scale = jnp.where(scale > most, jnp.floor(most * grid.density) * grid.spacing, scale)
+        scale = jnp.where(scale > most, jnp.floor(most * density) * spacing, scale)
     return fit._replace(scale=scale)
 
 
-def has_integer_levels(qset: QuantizedSet) -> bool:
-    """Whether every level times a scale on the grid is on the grid."""
-    return all(m.is_integer() for m in qset.magnitudes)
+def scale_digits(qset: QuantizedSet, dtype: DTypeLike) -> int:
+    """To how many significant bits `round_fit` rounds a scale."""
+    shape = _Shape.of(qset, dtype)
+    return 1 - shape.finest - shape.fraction
+
+
+def has_exact_levels(qset: QuantizedSet) -> bool:
+    """Whether every level times a rounded scale is on the grid."""
+    return _fraction_of(qset) is not None
+
+
+def _fraction_of(qset: QuantizedSet) -> int | None:
+    """The least k for which every level is an integer over 2^k; None if these are large."""
+    k = 0
+    while not all((m * 2**k).is_integer() for m in qset.magnitudes):
+        k += 1
+        if qset.magnitudes[-1] * 2**k > MOST_INTEGER:
+            return None
+    return k
 
 
 def has_room(qset: QuantizedSet, dtype: DTypeLike) -> bool:
@@ -133,7 +158,8 @@ def limit_scale_jump(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) 
     widest = math.floor(math.log2(2.0 ** (shape.digits + shape.finest) - 2.0**shape.reach))
     most = old.reach * 2.0 ** (widest - shape.reach - shape.top + 1)
     spacing = jnp.maximum(old.reach * 2.0 ** (1 - shape.digits), _least(dtype))
-    if has_integer_levels(qset):
+    if has_exact_levels(qset):
+        spacing *= 2.0**shape.fraction
         least = jnp.maximum(jnp.round(fit.scale / spacing), 1) * spacing
     else:  # their weights are rounded to the grid of the scale itself; no weight is beyond a level
         least = jnp.maximum(fit.scale, spacing * 2.0 ** (shape.top - shape.reach - shape.finest))
@@ -144,7 +170,7 @@ def limit_scale_jump(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) 
 def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, grid: Grid) -> Array:
     """The quantized weights for float weights y, a rounded fit and the grid in y's view."""
     w = qset.place(y, fit)
-    if has_integer_levels(qset):
+    if has_exact_levels(qset):
         return w
     view = qset.granularity.groups(y.shape).view
     return grid.round(w.reshape(view)).reshape(y.shape)

@@ -5,26 +5,28 @@ shape, and inside of one they are traced once.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from brelax_jax._proximal import ProximalMap, Target
-from brelax_jax._tree import fold_leaves
 from brelax_jax.sets import Fit, Quantized, QuantizedSet
+from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._quantized import without_negative_zero
 from brelax_jax.transforms._grid import (
     grid_in_view,
     grid_of,
-    has_integer_levels,
+    has_exact_levels,
     landing_point,
     limit_scale_jump,
     place_on_grid,
     round_fit,
+    scale_digits,
 )
 
 
@@ -70,20 +72,43 @@ def fit_leaves(
       params: arrays of the params' dtypes.
       last: the fits before.
     """
+    programs: dict[Hashable, list[str]] = {}
+    for path in sets:
+        programs.setdefault(_program_of(path, floats[path]), []).append(path)
+    fits: dict[str, Fit] = {}
+    for paths in programs.values():
+        found = _fit_leaves(
+            tuple(sets[path] for path in paths),
+            tuple(jnp.result_type(params[path]) for path in paths),
+            [floats[path] for path in paths],
+            [last[path] if last else None for path in paths],
+        )
+        fits |= zip(paths, found, strict=True)
+    return {path: fits[path] for path in sets}
 
-    def fit(path: str, leaf: tuple[Array, Fit | None]) -> Fit:
-        y, before = leaf
-        return _fit_leaf(sets[path], jnp.result_type(params[path]), y, before)
 
-    leaves = {path: (floats[path], last[path] if last else None) for path in sets}
-    searched = {path: leaf for path, leaf in leaves.items() if len(sets[path].magnitudes) > 1}
-    found = fold_leaves(fit, searched)
-    return {path: found[path] if path in found else fit(path, leaves[path]) for path in sets}
+def _program_of(path: str, y: Array) -> Hashable:
+    """Leaves for which this is the same are fitted by one program.
+
+    Outside of a program that takes leaves of the same devices. On CPU it is every leaf by itself,
+    because small programs compile faster, and others have leaves of the same shapes.
+    """
+    if isinstance(y, jax.core.Tracer):
+        return None
+    devices = frozenset(y.devices())
+    return (devices, path if any(each.platform == "cpu" for each in devices) else None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, before: Fit | None) -> Fit:
-    return round_fit(qset.fit(y, before), y, qset, dtype)
+def _fit_leaves(
+    sets: tuple[QuantizedSet, ...],
+    dtypes: tuple[DTypeLike, ...],
+    floats: list[Array],
+    before: list[Fit | None],
+) -> list[Fit]:
+    digits = [scale_digits(*each) for each in zip(sets, dtypes, strict=True)]
+    fits = fit_all(sets, floats, before, digits)
+    return [round_fit(*each) for each in zip(fits, floats, sets, dtypes, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -132,7 +157,7 @@ def quantized_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, fit: Fit) -> 
 def coded_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, fit: Fit) -> Quantized:
     """`quantized_leaf` as codes and scales."""
     codes = qset.codes(y, fit).astype(jnp.int8)
-    spacing = None if has_integer_levels(qset) else grid_of(fit.scale, qset, dtype).spacing
+    spacing = None if has_exact_levels(qset) else grid_of(fit.scale, qset, dtype).spacing
     return Quantized(codes, fit.scale, qset.table, jnp.dtype(dtype), spacing)
 
 
@@ -144,6 +169,6 @@ def codes_of(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
 
 def _recut(fit: Fit, alpha: Array) -> Fit:
     """The fit that places weights which are on their levels already, if they are."""
-    if fit.cut is None:
+    if fit.code_scale is None:
         return fit
-    return fit._replace(cut=jnp.where(alpha == 1, fit.scale / 2, fit.cut))
+    return fit._replace(code_scale=jnp.where(alpha == 1, fit.scale, fit.code_scale))

@@ -33,13 +33,13 @@ from brelax_jax.transforms._state import (
     BinaryRelaxState,
     check_known,
     check_owned,
-    check_same_sets,
+    current_sets,
     fits_of,
     sets_of,
     with_fits,
 )
 from brelax_jax.transforms._strength import next_step
-from brelax_jax.transforms._vanishing import warn_of_vanishing
+from brelax_jax.transforms._vanishing import warn_of_saturation, warn_of_vanishing
 
 RELAXATION = Relaxation()
 LAST_COUNT = np.iinfo(np.int32).max  # the count stops there
@@ -152,6 +152,7 @@ def _init(settings: _Settings, params: Any) -> BinaryRelaxState:
     sets = settings.selection.assign(params)
     boxes, given = boxes_with_paths(params), dict(leaves_with_paths(params))
     warn_of_vanishing(sets, given)
+    warn_of_saturation(sets, given)
     floats = {path: float_copy(given[path], settings.float_dtype) for path in sets}
     fits = {path: blank_fit(qset, floats[path]) for path, qset in sets.items()}
 
@@ -175,7 +176,7 @@ def _init(settings: _Settings, params: Any) -> BinaryRelaxState:
         base_state=settings.base.init(with_leaves(params, floats)),
         float_params=masked_but(params, floats),
         scales=by_path({path: fit.scale for path, fit in fits.items()}),
-        cuts=by_path({path: fit.cut for path, fit in fits.items()}),
+        code_scales=by_path({path: fit.code_scale for path, fit in fits.items()}),
         codes=codes,
         count=jnp.zeros((), jnp.int32),
         lam=jnp.zeros((), promoted("float32", *(y.dtype for y in floats.values()))),
@@ -194,8 +195,8 @@ def _update(
             "call update(grads, state, params)."
         )
     check_owned(state, params)
-    sets, given = sets_of(state, params), dict(leaves_with_paths(params))
-    check_same_sets(sets, params, settings.selection)
+    sets = current_sets(sets_of(state, params), params, settings.selection)
+    given = dict(leaves_with_paths(params))
     check_known(state, params)
     last = fits_of(state, sets)
     before = float_weights(state, given)

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from brelax_jax._tree import leaves_with_paths
-from brelax_jax.sets import Fit, QuantizedSet, compute_dtype, promoted
+from brelax_jax.sets import Fit, LeastSquares, QuantizedSet, compute_dtype, promoted
 from brelax_jax.transforms._leaf import fit_leaves
 from brelax_jax.transforms._state import BinaryRelaxState, fits_of
 
@@ -47,8 +47,7 @@ def blank_fit(qset: QuantizedSet, y: Array) -> Fit:
     else:
         largest = groups.group.max(jnp.abs(y.reshape(groups.view)))
         zero = jnp.minimum(largest, 0).astype(compute_dtype(y.dtype)).reshape(groups.scale)
-    rounds_to_nearest = type(qset).fit_groups is QuantizedSet.fit_groups
-    if rounds_to_nearest or jax.eval_shape(qset.fit, y).cut is None:
+    if isinstance(qset.rule, LeastSquares) or jax.eval_shape(qset.fit, y).code_scale is None:
         return Fit(zero)
     return Fit(zero, zero)
 

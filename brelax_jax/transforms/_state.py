@@ -53,7 +53,7 @@ class _Fields(NamedTuple):
     base_state: Any
     float_params: Any
     scales: Any
-    cuts: Any
+    code_scales: Any
     codes: Any
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     lam: Array
@@ -71,7 +71,8 @@ class BinaryRelaxState(_Fields):
         leaves that are not quantized.
       scales: a dict of the scales of each group, by the path of the leaf; 0 before the first
         update.
-      cuts: as `scales`, for sets that do not round to the nearest level: where |w| leaves zero.
+      code_scales: as `scales`, for rules that place codes by another scale: they are the nearest
+        ones at it.
       codes: int8, the codes before the last update, in the params' tree; `optax.EmptyState()`
         unless flips are tracked.
       count: int32, updates so far.
@@ -141,10 +142,16 @@ def sets_of(state: BinaryRelaxState, params: Any) -> dict[str, QuantizedSet]:
     return {path: chosen[path] for path in paths}
 
 
-def check_same_sets(sets: dict[str, QuantizedSet], params: Any, selection: Selection) -> None:
-    """Raises a ValueError, naming the leaf, if a selection gives others than these sets."""
+def current_sets(
+    sets: dict[str, QuantizedSet], params: Any, selection: Selection
+) -> dict[str, QuantizedSet]:
+    """The sets by a selection, which differ from these at most in how their scale is found.
+
+    Raises:
+      ValueError: if the selection gives others; it names the leaf.
+    """
     if selection.has_functions and jax.sharding.get_abstract_mesh().manual_axes:
-        return  # functions may go by shapes, and these are of one device's parts
+        return sets  # functions may go by shapes, and these are of one device's parts
     wanted = selection.choose(params)
     for path in {**wanted, **sets}:
         if path not in sets:
@@ -152,12 +159,20 @@ def check_same_sets(sets: dict[str, QuantizedSet], params: Any, selection: Selec
                 f"{path!r} is to be quantized, but the state has no float weights for it. "
                 f"{OTHER_SETS}"
             )
-        if wanted.get(path) != sets[path]:
+        if not _is_same(wanted.get(path), sets[path]):
             raise ValueError(
                 f"{path!r} was selected for {sets[path]} when the state was made, but is for "
                 f"{wanted.get(path)} now. {OTHER_SETS} A function that selects must always give "
                 "the same answer."
             )
+    return {path: wanted[path] for path in sets}
+
+
+def _is_same(one: QuantizedSet | None, other: QuantizedSet) -> bool:
+    """Whether two sets have the same points. The scale is found anew at each update, so its rule
+    and dtype may change midway.
+    """
+    return one is not None and (one.levels, one.granularity) == (other.levels, other.granularity)
 
 
 def check_known(state: BinaryRelaxState, params: Any) -> None:
@@ -189,7 +204,8 @@ def fits_of(state: BinaryRelaxState, sets: Mapping[str, QuantizedSet]) -> dict[s
     Raises:
       ValueError: if a scale has another shape than its set's.
     """
-    scales, cuts = dict(leaves_with_paths(state.scales)), dict(leaves_with_paths(state.cuts))
+    scales = dict(leaves_with_paths(state.scales))
+    code_scales = dict(leaves_with_paths(state.code_scales))
     fits: dict[str, Fit] = {}
     for path, y in leaves_with_paths(state.float_params):
         wanted = sets[path].granularity.groups(jnp.shape(y)).scale
@@ -200,16 +216,20 @@ def fits_of(state: BinaryRelaxState, sets: Mapping[str, QuantizedSet]) -> dict[s
                 "Restore the state with the optimizer that made it, and take it to another one's "
                 "sets by brelax_jax.with_rules; read a stacked state under jax.vmap."
             )
-        fits[path] = Fit(scales[path], cuts.get(path))
+        fits[path] = Fit(scales[path], code_scales.get(path))
     return fits
 
 
 def with_fits(state: BinaryRelaxState, fits: Mapping[str, Fit]) -> BinaryRelaxState:
     """The state with these fits."""
-    return state._replace(
-        scales=with_leaves(state.scales, {path: fit.scale for path, fit in fits.items()}),
-        cuts=with_leaves(state.cuts, {path: fit.cut for path, fit in fits.items()}),
-    )
+    if not fits:
+        return state
+    scales = with_leaves(state.scales, {path: fit.scale for path, fit in fits.items()})
+    others = {path: fit.code_scale for path, fit in fits.items() if fit.code_scale is not None}
+    boxes = state.code_scales
+    if dict(leaves_with_paths(boxes)).keys() != others.keys():  # the rule is another than before
+        boxes = {path: state.scales[path] for path in others}
+    return state._replace(scales=scales, code_scales=with_leaves(boxes, others))
 
 
 def is_state(node: Any) -> bool:

@@ -1,5 +1,8 @@
-"""Whether a whole slice of a stacked kernel, as an expert's, would be all zeros on its set."""
+"""Weights that their set cannot hold: a whole slice of a stacked kernel, as an expert's, that would
+be all zeros, and groups whose scale is beyond the scale dtype.
+"""
 
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from brelax_jax.sets import QuantizedSet
+from brelax_jax.sets import QuantizedSet, compute_dtype
+from brelax_jax.sets._scale_dtype import DTYPES
 
 
 def warn_of_vanishing(sets: Mapping[str, QuantizedSet], params: Mapping[str, Any]) -> None:
@@ -29,10 +33,42 @@ def warn_of_vanishing(sets: Mapping[str, QuantizedSet], params: Mapping[str, Any
             )
 
 
+def warn_of_saturation(sets: Mapping[str, QuantizedSet], params: Mapping[str, Any]) -> None:
+    """Warns, by path, of groups whose scale would be beyond their set's scale dtype.
+
+    Where values are known, as `warn_of_vanishing`.
+    """
+    for path, qset in sets.items():
+        w = params[path]
+        if qset.scale_dtype is None or not is_known(w) or not jnp.size(w):
+            continue
+        if number := int(_saturated(qset, jnp.asarray(w))):
+            warnings.warn(
+                f"{path!r} on {qset}: {number} scales would be beyond {qset.scale_dtype} and "
+                "become its least or its largest number. Choose a wider scale_dtype, or scale "
+                "these weights.",
+                stacklevel=4,
+            )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _saturated(qset: QuantizedSet, w: Array) -> Array:
+    """In how many groups that are not zero every scale that may be the best is beyond the dtype."""
+    groups, scales = qset.granularity.groups(w.shape), DTYPES[str(qset.scale_dtype)]
+    a = jnp.abs(w.astype(compute_dtype(w.dtype))).reshape(groups.view)
+    peak, mean = groups.group.max(a), groups.group.mean(a)
+    too_small = (peak > 0) & (peak / min(m for m in qset.magnitudes if m) < scales.least)
+    return jnp.sum(too_small | (mean / qset.magnitudes[-1] > scales.most))
+
+
+def is_known(w: Any) -> bool:
+    """Whether the values of an array can be read here and now."""
+    return not isinstance(w, jax.core.Tracer) and getattr(w, "is_fully_addressable", True)
+
+
 def _lost_slices(qset: QuantizedSet, w: Any) -> list[int]:
-    is_known = not isinstance(w, jax.core.Tracer) and getattr(w, "is_fully_addressable", True)
     shape = jnp.shape(w)
-    if not is_known or len(shape) < 3 or 0 in shape or qset.magnitudes[0] != 0:
+    if not is_known(w) or len(shape) < 3 or 0 in shape or qset.magnitudes[0] != 0:
         return []
     if qset.granularity.groups(shape).scale[0] > 1:
         return []

@@ -36,7 +36,10 @@ def parse_granularity(word: str) -> brx.PerTensor | brx.PerChannel | brx.PerBloc
 
 def parse_set(word: str, granularity: str = "tensor", tolerance: float = 0.0) -> brx.QuantizedSet:
     """A set from its word, such as `ternary`, `uniform4`, `power3` or `levels:-3,-1,1,3`."""
-    shared: Any = {"granularity": parse_granularity(granularity), "tolerance": tolerance}
+    shared: Any = {
+        "granularity": parse_granularity(granularity),
+        "rule": brx.LeastSquares(tolerance),
+    }
     plain = {
         "binary": brx.Binary,
         "ternary": brx.Ternary,

@@ -83,7 +83,7 @@ def test_specs_by_metadata_and_by_map_params(name):
     mapped = optax.tree.map_params(
         optimizer, lambda _: "like params", state, transform_non_params=lambda _: "not"
     )
-    assert optax.tree.get(mapped, "scales") == optax.tree.get(mapped, "cuts") == "not"
+    assert optax.tree.get(mapped, "scales") == optax.tree.get(mapped, "code_scales") == "not"
     assert set(jax.tree.leaves(optax.tree.get(mapped, "float_params"))) == {"like params"}
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import strategies as st
 
 from brelax_jax.sets import Group, _levels, _rules, _search
-from tests.helpers import oracles
+from brelax_jax.sets._weights import Weights
+from tests.helpers import oracles, searching
 
 LEVELS = {
     "binary": (-1, 1),
@@ -32,7 +33,7 @@ tiny_groups = hnp.arrays(np.float32, (8, 5), elements=floats | st.sampled_from([
 def search(w, many):
     """The scale of every row for each of some level sets: searches share what is compiled."""
     magnitudes = [tuple(float(level) for level in levels if level >= 0) for levels in many]
-    return [_rules.least_squares_scale(w, each, ROWS) for each in magnitudes]
+    return [_search.searched_scale(each, Weights(w, ROWS)) for each in magnitudes]
 
 
 # The references agree with one another
@@ -113,8 +114,7 @@ def test_the_search_is_over_long_before_its_bound_and_ends_there_in_any_case(mon
         with monkeypatch.context() as patched:
             patched.setattr(_search, "ROUNDS", bound)
             return {
-                bits: _search.branch_and_bound(a, range(2 ** (bits - 1)), ROWS)
-                for bits in most_rounds
+                bits: searching.in_turn(a, range(2 ** (bits - 1)), ROWS) for bits in most_rounds
             }
 
     for bits, end in ends(a, _search.ROUNDS).items():

@@ -14,8 +14,8 @@ from tests.helpers import oracles
 
 TOLERANCE = 0.01
 SETS = {
-    "ternary": brx.Ternary(granularity=brx.PerChannel(), tolerance=TOLERANCE),
-    "powers": brx.PowerOfTwo(4, granularity=brx.PerChannel(), tolerance=TOLERANCE),
+    "ternary": brx.Ternary(granularity=brx.PerChannel(), rule=brx.LeastSquares(TOLERANCE)),
+    "powers": brx.PowerOfTwo(4, granularity=brx.PerChannel(), rule=brx.LeastSquares(TOLERANCE)),
 }
 SHAPE = (400, 4)
 every_set = pytest.mark.parametrize("qset", SETS.values(), ids=SETS)
@@ -68,7 +68,7 @@ def tied():
 def test_where_scales_tie_the_least_error_jumps_and_the_kept_scale_does_not():
     rng, w = tied()
     qset = SETS["ternary"]
-    exact = jax.jit(dataclasses.replace(qset, tolerance=0).fit)
+    exact = jax.jit(dataclasses.replace(qset, rule=brx.LeastSquares()).fit)
     least, kept = [], [fitted(qset, w)]
     for _ in range(20):
         w = (w + 1e-3 * rng.standard_normal(w.shape)).astype(np.float32)
@@ -126,7 +126,7 @@ def test_the_transformation_keeps_scales_and_is_exact():
 def test_projections_take_the_least_error_in_any_case():
     qset = SETS["ternary"]
     w = np.random.default_rng(0).standard_t(1.5, SHAPE).astype(np.float32)
-    exact = dataclasses.replace(qset, tolerance=0)
+    exact = dataclasses.replace(qset, rule=brx.LeastSquares())
 
     @jax.jit
     def placed(w):
@@ -138,13 +138,11 @@ def test_projections_take_the_least_error_in_any_case():
 @pytest.mark.parametrize("given", [-0.1, 1, 2.0, np.nan, np.inf, "0.01", None, True])
 def test_a_wrong_tolerance_is_refused(given):
     with pytest.raises(ValueError, match="tolerance must be a number from 0 to less than 1, got"):
-        brx.Ternary(tolerance=given)
+        brx.LeastSquares(given)
 
 
-@pytest.mark.parametrize(
-    "make", [brx.Binary, brx.TernaryThreshold, lambda **k: brx.ScaledLevels((-1, 1), **k)]
-)
+@pytest.mark.parametrize("make", [brx.Binary, lambda **k: brx.ScaledLevels((-1, 1), **k)])
 def test_a_scale_by_a_formula_has_no_tolerance(make):
     with pytest.raises(ValueError, match=r"tolerance is for sets whose scale is searched.*0\.01"):
-        make(tolerance=0.01)
-    assert make(tolerance=0) == make()
+        make(rule=brx.LeastSquares(0.01))
+    assert make(rule=brx.LeastSquares()) == make()

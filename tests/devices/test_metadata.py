@@ -46,8 +46,8 @@ if jax.device_count() >= meshes.DEVICES:
         for name, (_, spec) in sets.items():
             [scale] = jax.tree.leaves(state.scales[f"{name}/kernel"])
             assert_lie(spec, mesh, scale)
-        assert set(state.cuts) == {"channel/kernel"}
-        assert_lie(sets["channel"][1], mesh, *jax.tree.leaves(state.cuts))
+        assert set(state.code_scales) == {"channel/kernel"}
+        assert_lie(sets["channel"][1], mesh, *jax.tree.leaves(state.code_scales))
 
     @logical_or_not
     @pytest.mark.parametrize("mode", SETS, ids=["automatic", "explicit"])

@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from brelax_jax.sets import Group, _search
-from tests.helpers import meshes, quick
+from brelax_jax.sets import Group
+from tests.helpers import meshes, quick, searching
 
 SHAPE = (16, 8, 16)
 BOTH = ("data", "model")
@@ -136,7 +136,7 @@ if jax.device_count() >= meshes.DEVICES:
         easy, hard = np.ones((64, 4)), np.random.default_rng(0).uniform(0, 1, (64, 4))
         w = np.concatenate([easy, hard / np.max(hard, axis=0)], axis=1).astype(np.float32)
         qset = brx.Uniform(6, granularity=brx.PerChannel(axis_name="model"))
-        search = quick.jit(lambda a: _search.branch_and_bound(a, qset.magnitudes, Group((0,))))
+        search = quick.jit(lambda a: searching.in_turn(a, qset.magnitudes, Group((0,))))
         few, many = (search(half).rounds for half in np.split(w, 2, axis=1))
         assert 2 * few < many, "there is nothing to test"
         compute = functools.partial(quantized, qset)

@@ -21,7 +21,7 @@ DTYPES = ("float32", "float32", "bfloat16", "float16")
 SETS = (
     brx.Binary(),
     brx.Ternary(),
-    brx.Ternary(tolerance=0.05),
+    brx.Ternary(rule=brx.LeastSquares(0.05)),
     brx.TernaryThreshold(),
     brx.TernaryThreshold(0.1),
     brx.Uniform(3),

@@ -164,10 +164,9 @@ def assert_same_codes(qset, codes, expected, w, fit, rtol=1e-6):
     """Codes are equal, but where w is at a threshold between two of them."""
     groups = qset.granularity.groups(w.shape)
     a, scale = np.abs(w).reshape(groups.view), np.asarray(fit.scale).reshape(groups.scale_view)
-    if fit.cut is None:
-        thresholds = [scale * (m + n) / 2 for m, n in itertools.pairwise(qset.magnitudes)]
-    else:
-        thresholds = [np.asarray(fit.cut).reshape(groups.scale_view)]
+    if fit.code_scale is not None:
+        scale = np.asarray(fit.code_scale).reshape(groups.scale_view)
+    thresholds = [scale * (m + n) / 2 for m, n in itertools.pairwise(qset.magnitudes)]
     near = [np.abs(a - threshold) <= rtol * threshold for threshold in thresholds]
     near += [a <= rtol * scale] * (qset.magnitudes[0] > 0)  # there the sign changes
     equal = np.asarray(codes) == np.asarray(expected)

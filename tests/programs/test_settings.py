@@ -74,7 +74,7 @@ def test_learning_rate_of_phase_two_is_capped():
 def test_words_for_sets(word, granularity, qset):
     assert parse_set(word, granularity) == qset
     if not isinstance(qset, brx.Binary | brx.TernaryThreshold):
-        kept = dataclasses.replace(qset, tolerance=0.01)
+        kept = dataclasses.replace(qset, rule=brx.LeastSquares(0.01))
         assert parse_set(word, granularity, 0.01) == kept
 
 

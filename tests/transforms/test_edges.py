@@ -73,9 +73,9 @@ def test_what_lam_must_not_be(lam):
 
 
 def test_settings_of_sets_may_be_jax_numbers():
-    assert brx.Ternary(tolerance=jnp.float32(0.25)) == brx.Ternary(tolerance=0.25)
+    assert brx.LeastSquares(jnp.float32(0.25)) == brx.LeastSquares(0.25)
     assert brx.TernaryThreshold(factor=jnp.float32(0.5)) == brx.TernaryThreshold(factor=0.5)
-    hash(brx.Ternary(tolerance=jnp.float32(0.25)))
+    hash(brx.LeastSquares(jnp.float32(0.25)))
 
 
 @pytest.mark.parametrize("top", [65504, 60000, 30000])

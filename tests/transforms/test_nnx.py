@@ -163,7 +163,7 @@ def test_orbax_restores_into_an_abstract_state(steps, tmp_path):
 
 
 EVERY_SET = [
-    brx.Ternary(tolerance=0.01),
+    brx.Ternary(rule=brx.LeastSquares(0.01)),
     brx.Uniform(4, granularity=brx.PerChannel()),
     brx.PowerOfTwo(4),
     brx.ScaledLevels((-1.7, -0.3, 0.3, 1.7), granularity=brx.PerBlock(2, axis=0)),

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SETS = {
     "binary": brx.Binary(granularity=brx.PerChannel()),
-    "ternary": brx.Ternary(tolerance=0.3),
+    "ternary": brx.Ternary(rule=brx.LeastSquares(0.3)),
     "threshold": brx.TernaryThreshold(),
 }
 RULES = brx.select(*((f"^{name}$", qset) for name, qset in SETS.items()), default=brx.Binary())

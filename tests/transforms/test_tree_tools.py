@@ -115,7 +115,7 @@ STRICT = {
 }
 EVERY_SET = {
     "binary": brx.Binary(),
-    "ternary": brx.Ternary(granularity=brx.PerChannel(), tolerance=0.01),
+    "ternary": brx.Ternary(granularity=brx.PerChannel(), rule=brx.LeastSquares(0.01)),
     "threshold": brx.TernaryThreshold(granularity=brx.PerBlock(2, 0)),
 }
 

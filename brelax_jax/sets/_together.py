@@ -1,0 +1,371 @@
+"""The least-squares scales of many arrays, on accelerators in one loop for all of them.
+
+There a kernel's launch and the end of a loop cost more than most reductions. So each round
+evaluates E at several scales of all groups of all arrays, and whatever is not a reduction over
+weights is one small operation for all groups. On CPU arithmetic counts: there it is one array after
+the other, and one scale a round (`_search.py`). The bound and the certificate are the same.
+
+Of each group the loop keeps a list of the open intervals, ascending: those in which the bound does
+not exclude a better scale than the best one known. Each round evaluates E at some scales inside
+them, and keeps of the parts what is still open. If the list is full, what is known of the farthest
+is forgotten, which costs evaluations later.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from brelax_jax._tree import fold_leaves
+from brelax_jax.sets._search import (
+    ROUNDS,
+    TOLERANCE,
+    Goal,
+    Known,
+    between,
+    bounds,
+    interval,
+    is_open,
+    searched_scale,
+)
+from brelax_jax.sets._small_groups import is_small, small_scales
+from brelax_jax.sets._weights import Unit, Weights, errors, gain_of, refitted
+
+MOST_GROUPS = 4096  # of one array, for its groups to be joined with those of others
+LEAST_ENTRIES = 1024  # of a group of such an array, for several scales a round
+
+
+class Shape(NamedTuple):
+    """How the search proceeds. The certificate is the same for all.
+
+    Attributes:
+      scales: that each round evaluates in each group.
+      intervals: that are remembered.
+    """
+
+    scales: int
+    intervals: int
+
+
+MANY = Shape(scales=16, intervals=32)
+FEW = Shape(scales=4, intervals=8)  # where what is remembered of groups would outweigh them
+
+
+def searched_scales(
+    magnitudes: Sequence[float], arrays: Sequence[Weights], forced: bool | None = None
+) -> list[Array]:
+    """As `searched_scale`, for each of some arrays.
+
+    Args:
+      magnitudes: those of the levels, ascending.
+      arrays: the weights.
+      forced: for tests, whether to search together, whatever the platform.
+    """
+    loops: dict[Hashable, list[int]] = {}
+    scales: dict[int, Array] = {}
+    for i, each in enumerate(arrays):
+        if is_small(magnitudes, each):
+            scales[i] = small_scales(magnitudes, each)
+        else:
+            loops.setdefault(_loop_of(each), []).append(i)
+    for members in loops.values():
+        own = [arrays[i] for i in members]
+        operands = [(each.w, each.kept) for each in own]
+        searches = partial(_in_turn, tuple(magnitudes), own), partial(_at_once, magnitudes, own)
+        if forced is not None:
+            found = searches[forced](operands)
+        else:
+            found = lax.platform_dependent(operands, cpu=searches[0], default=searches[1])
+        scales |= zip(members, found, strict=True)
+    return [scales[i] for i in range(len(arrays))]
+
+
+def _loop_of(weights: Weights) -> Hashable:
+    """Arrays for which this is the same may share a loop.
+
+    Inside `jax.shard_map` devices that share a group must do the same number of rounds.
+    """
+    names = weights.group.axis_names
+    varying = jax.typeof(weights.w).manual_axis_type.varying - set(names)
+    return weights.w.dtype, names, varying, weights.kept is None, weights.allowed, _shape(weights)
+
+
+def _shape(weights: Weights) -> Shape:
+    groups, entries = _numbers(weights)
+    return FEW if groups > MOST_GROUPS and entries < LEAST_ENTRIES else MANY
+
+
+def _numbers(weights: Weights) -> tuple[int, int]:
+    """How many groups an array has here, and how many entries each."""
+    entries = math.prod(weights.w.shape[axis] for axis in weights.group.axes)
+    return weights.w.size // entries, entries
+
+
+Operands = Sequence[tuple[Array, Array | None]]  # weights, and the scales to keep
+
+
+def _in_turn(
+    magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
+) -> list[Array]:
+    def search(name: str, operand: tuple[Array, Array | None]) -> Array:
+        w, kept = operand
+        return searched_scale(magnitudes, arrays[int(name)]._replace(w=w, kept=kept))
+
+    return [*fold_leaves(search, {str(i): each for i, each in enumerate(operands)}).values()]
+
+
+def _at_once(
+    magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
+) -> list[Array]:
+    arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
+    joined = [i for i, x in enumerate(arrays) if _can_be_joined(x)]
+    members = [joined] if joined else []
+    members += [[i] for i in range(len(arrays)) if i not in joined]
+    parts = [Part.of(magnitudes, [arrays[i] for i in each]) for each in members]
+    searches = branch_and_bound(parts, _shape(arrays[0]))
+    scales: dict[int, Array] = {}
+    for each, part, search in zip(members, parts, searches, strict=True):
+        scales |= zip(each, part.scales(search.best[0]), strict=True)
+    return [scales[i] for i in range(len(arrays))]
+
+
+def _can_be_joined(weights: Weights) -> bool:
+    """Whether the numbers of an array's groups may become a part of one vector.
+
+    XLA would move those of arrays that are sharded differently, and where it decides on the
+    sharding that is not known here.
+    """
+    groups, _ = _numbers(weights)
+    mesh = jax.sharding.get_abstract_mesh()
+    is_local = jax.device_count() == 1 or set(mesh.manual_axes) == set(mesh.axis_names) != set()
+    return groups == 1 or (is_local and groups <= MOST_GROUPS)
+
+
+class Layout(NamedTuple):
+    """How the numbers of the groups of some arrays lie side by side.
+
+    Attributes:
+      views: the shape of the scales of each array, as they broadcast against it.
+    """
+
+    views: tuple[tuple[int, ...], ...]
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        """The numbers of all arrays, each of its view's shape, perhaps after other axes.
+
+        One array's keep their shape: it may be sharded.
+        """
+        if len(self.views) == 1:
+            return parts[0]
+        pairs = zip(parts, self.views, strict=True)
+        vectors = [x.reshape(*x.shape[: x.ndim - len(view)], -1) for x, view in pairs]
+        return jnp.concatenate(vectors, axis=-1)
+
+    def split(self, joined: Array) -> list[Array]:
+        """The reverse of `join`."""
+        if len(self.views) == 1:
+            return [joined]
+        ends = np.cumsum([math.prod(view) for view in self.views])[:-1].tolist()
+        pairs = zip(jnp.split(joined, ends, axis=-1), self.views, strict=True)
+        return [x.reshape(*x.shape[:-1], *view) for x, view in pairs]
+
+
+class Part(NamedTuple):
+    """Arrays whose numbers, one a group, are computed with as one array.
+
+    Attributes:
+      magnitudes: those of the levels.
+      arrays: the arrays.
+      layout: how the numbers of their groups lie.
+      peak: the largest magnitude in each group.
+      unit: what weights are divided by.
+    """
+
+    magnitudes: Sequence[float]
+    arrays: list[Weights]
+    layout: Layout
+    peak: Array
+    unit: Unit
+
+    @staticmethod
+    def of(magnitudes: Sequence[float], arrays: list[Weights]) -> "Part":
+        peaks = [x.group.max(jnp.abs(x.w)) for x in arrays]
+        layout = Layout(tuple(peak.shape for peak in peaks))
+        peak = layout.join(peaks)
+        return Part(magnitudes, arrays, layout, peak, Unit.of(peak, arrays[0].allowed))
+
+    def each(self, function: Callable[..., Array], *numbers: Array) -> Array:
+        """function(a, group, its numbers…) of each array, whose magnitudes of weights are a."""
+        given = (self.unit.inverse, *numbers)
+        if numbers:  # else XLA would compute `a` before the loop and keep it
+            given = lax.optimization_barrier(given)
+        pieces = zip(*map(self.layout.split, given), strict=True)
+        return self.layout.join(
+            [
+                function(jnp.abs(x.w * inverse), x.group, *own)
+                for x, (inverse, *own) in zip(self.arrays, pieces, strict=True)
+            ]
+        )
+
+    def known(self, scales: Array) -> Known:
+        """Scales of the shape (scales, *groups), with their errors."""
+        found = self.each(lambda a, g, s: errors(a, s, self.magnitudes, g), scales)
+        return jnp.stack([scales, found])
+
+    def bounds(self) -> tuple[Array, Array]:
+        mean = self.each(lambda a, group: group.mean(a))
+        return bounds(self.magnitudes, mean, self.peak * self.unit.inverse, self.unit)
+
+    def goal(self) -> Goal:
+        energy = self.each(lambda a, group: group.sum(jnp.square(a)))
+        least = jnp.full_like(energy, TOLERANCE)
+        none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
+        if self.arrays[0].kept is None:
+            return Goal(energy, none, least)
+        last = self.layout.join([x.kept for x in self.arrays if x.kept is not None])
+        given = zip(self.arrays, self.layout.split(least), strict=True)
+        tolerance = self.layout.join([jnp.maximum(most, x.tolerance) for x, most in given])
+        scale = self.unit.nearest(self.refitted(last * self.unit.inverse))
+        is_known = last > 0  # not in the first step
+        kept = self.known(jnp.where(is_known, scale, 1)[None])[:, 0]
+        return Goal(energy, jnp.where(is_known, kept, none), jnp.where(is_known, tolerance, least))
+
+    def refitted(self, scale: Array) -> Array:
+        """The least-squares scale for the codes that are nearest at a scale."""
+        return refitted(scale, self.each(lambda a, g, s: gain_of(a, s, self.magnitudes, g), scale))
+
+    def scales(self, best: Array) -> list[Array]:
+        """The scales of the weights, from the best ones in their units."""
+        if self.unit.allowed is None:
+            best = self.refitted(best)
+        return self.layout.split(self.unit.scales(best, self.peak))
+
+
+class Search(NamedTuple):
+    """What the loop carries.
+
+    Attributes:
+      left: the lower ends of the open intervals, ascending along the second axis, then `end`.
+      right: their upper ends, then `end`.
+      end: the largest scale.
+      best: the scale of the least error so far.
+      rounds: so far.
+    """
+
+    left: Known
+    right: Known
+    end: Known
+    best: Known
+    rounds: Array
+
+
+def branch_and_bound(parts: Sequence[Part], shape: Shape) -> tuple[Search, ...]:
+    """The searches of some parts at their end, in one loop."""
+    goals = [part.goal() for part in parts]
+    ends = [part.bounds() for part in parts]
+
+    def is_uncertain(searches: tuple[Search, ...]) -> Array:
+        any_open = [jnp.any(each.left[0, 0] < each.right[0, 0]) for each in searches]
+        return (searches[0].rounds < ROUNDS) & functools.reduce(jnp.logical_or, any_open)
+
+    def split(searches: tuple[Search, ...]) -> tuple[Search, ...]:
+        return tuple(map(partial(_split, shape), parts, goals, ends, searches))
+
+    start = tuple(map(partial(_start, shape), goals, ends))
+    return lax.while_loop(is_uncertain, split, start)
+
+
+def _start(shape: Shape, goal: Goal, ends: tuple[Array, Array]) -> Search:
+    """One interval. Its ends have no errors yet, so these are the least that they may be."""
+    low, high = (jnp.stack([x, jnp.zeros_like(x)]) for x in ends)
+    order = _column(jnp.arange(shape.intervals), ends[0])
+    left = jnp.where(order == 0, low[:, None], high[:, None])
+    unknown = jnp.stack([ends[0], jnp.full_like(ends[0], jnp.inf)])
+    best = jnp.where(goal.kept[0] > 0, goal.kept, unknown)
+    right = jnp.broadcast_to(high[:, None], left.shape)
+    return Search(left, right, high, best, jnp.zeros((), jnp.int32))
+
+
+def _split(
+    shape: Shape, part: Part, goal: Goal, ends: tuple[Array, Array], search: Search
+) -> Search:
+    """After evaluating scales inside the first intervals of each group."""
+    left, right = search.left, search.right
+    order = _column(jnp.arange(shape.intervals), goal.energy)
+    turn = _column(jnp.arange(shape.scales), goal.energy)
+    # The scales go to the first intervals in equal parts: to which, from which scale on, how many.
+    number = jnp.clip(jnp.sum(left[0] < right[0], axis=0), 1, shape.scales)
+    owner = turn * number // shape.scales
+    first = -(-owner * shape.scales // number)
+    quota = -(-(owner + 1) * shape.scales // number) - first
+    is_owner = owner == order[:, None]
+
+    def of_owner(x: Array) -> Array:
+        return jnp.sum(jnp.where(is_owner, x[:, None], 0), axis=0)
+
+    low, high = of_owner(left[0]), of_owner(right[0])
+    middle = of_owner(interval(left, right, goal.energy)[1])
+    spread = low + (high - low) * ((turn - first + 1) / (quota + 1).astype(low.dtype))
+    scales = jnp.where(quota == 1, middle, spread)
+    if part.unit.allowed is not None:
+        scales = jnp.clip(part.unit.at_most(scales), part.unit.after(low), high)
+    scales = jnp.where(search.rounds == 0, _start_scales(shape, part, ends), scales)
+    new = part.known(scales)
+    # Intervals go up to the first scale inside, from one to the next, and from the last to the end.
+    starts = is_owner & (turn == first)
+    to_new = jnp.sum(jnp.where(starts, new[:, None], 0), axis=2)
+    next_new = jnp.concatenate([new[:, 1:], new[:, -1:]], axis=1)
+    lasts = turn == first + quota - 1
+    from_new = jnp.where(lasts, jnp.stack([high, of_owner(right[1])]), next_new)
+    least = _least(new)
+    better = least[1] < goal.replace_below(search.best)
+    parts = Search(
+        left=jnp.concatenate([left, new], axis=1),
+        right=jnp.concatenate([jnp.where(order < number, to_new, right), from_new], axis=1),
+        end=jnp.where(search.rounds == 0, new[:, -1], search.end),
+        best=jnp.where(better, least, search.best),
+        rounds=search.rounds + 1,
+    )
+    return _open(shape, part, goal, parts)
+
+
+def _start_scales(shape: Shape, part: Part, ends: tuple[Array, Array]) -> Array:
+    """Both ends and what is between them, geometrically spaced."""
+    step = _column(jnp.linspace(0, 1, shape.scales, dtype=ends[0].dtype), ends[0])
+    return between(*ends, step, part.unit)
+
+
+def _open(shape: Shape, part: Part, goal: Goal, search: Search) -> Search:
+    """The search with only those of its intervals that are open, in order."""
+    left, right = search.left, search.right
+    are_open = is_open(left, right, search.best, goal, part.unit)
+    before = are_open & (left[0] < left[0][:, None])
+    rank = jnp.where(are_open, jnp.sum(before, axis=1), -1)
+    number = jnp.sum(are_open, axis=0)
+    order = _column(jnp.arange(shape.intervals), goal.energy)
+    is_here = rank == order[:, None]
+    end = search.end[:, None]
+
+    def in_order(x: Known) -> Known:
+        return jnp.where(order < number, jnp.sum(jnp.where(is_here, x[:, None], 0), axis=2), end)
+
+    is_forgotten = (number > shape.intervals) & (order == shape.intervals - 1)
+    return search._replace(left=in_order(left), right=jnp.where(is_forgotten, end, in_order(right)))
+
+
+def _least(nodes: Known) -> Known:
+    """The scale of the least error."""
+    order = _column(jnp.arange(nodes.shape[1]), nodes[0, 0])
+    is_least = order == jnp.argmin(nodes[1], axis=0)
+    return jnp.sum(jnp.where(is_least, nodes, 0), axis=1)
+
+
+def _column(x: Array, groups: Array) -> Array:
+    """A vector as it broadcasts against groups, along a first axis."""
+    return x.reshape(-1, *[1] * groups.ndim)

@@ -1,0 +1,115 @@
+"""Weights whose scale is searched for, and the reductions over them that a search needs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from brelax_jax.sets._group import Group
+from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index
+from brelax_jax.sets._scale_dtype import Scales
+
+ROUNDED = 3  # beyond so many consecutive magnitudes, multiplying by one reciprocal is faster
+
+
+class Weights(NamedTuple):
+    """An array whose scales are searched for.
+
+    Attributes:
+      w: a view of floats, at least float32.
+      group: which of its entries form a group.
+      kept: scales to keep where they are nearly the best, 0 where there is none; or None.
+      tolerance: how far the error of a scale that is kept may be above the least one, relative.
+      allowed: the scales that there are; None for all.
+    """
+
+    w: Array
+    group: Group
+    kept: Array | None = None
+    tolerance: float = 0.0
+    allowed: Scales | None = None
+
+
+class Unit(NamedTuple):
+    """What the weights of each group are divided by.
+
+    Attributes:
+      unit: a power of two near the largest magnitude, so that dividing is exact.
+      inverse: one over it.
+      allowed: the scales that there are; None for all.
+    """
+
+    unit: Array
+    inverse: Array
+    allowed: Scales | None = None
+
+    @staticmethod
+    def of(peak: Array, allowed: Scales | None = None) -> "Unit":
+        """The unit of groups with this largest magnitude."""
+        info = jnp.finfo(peak.dtype)
+        bits = jnp.dtype(f"uint{info.bits}")
+        mask = ~jnp.array(2**info.nmant - 1, bits)
+        leading = lax.bitcast_convert_type(lax.bitcast_convert_type(peak, bits) & mask, peak.dtype)
+        unit = jnp.where(peak > 0, jnp.clip(leading, info.tiny, 1 / float(info.tiny)), 1)
+        return Unit(unit, 1 / unit, allowed)
+
+    def at_most(self, scale: Array) -> Array:
+        """The largest scale that there is up to this one, in units."""
+        if self.allowed is None:
+            return scale
+        return self.allowed.at_most(scale * self.unit) * self.inverse
+
+    def nearest(self, scale: Array) -> Array:
+        """The nearest scale that there is, in units."""
+        if self.allowed is None:
+            return scale
+        return self.allowed.nearest(scale * self.unit) * self.inverse
+
+    def after(self, scale: Array) -> Array:
+        """The scale after which a search goes on: the next one, or one that is far enough off for
+        floats to tell the two apart.
+        """
+        if self.allowed is None:
+            return scale * (1 + 4 * jnp.finfo(scale.dtype).eps)
+        return self.allowed.after(scale * self.unit) * self.inverse
+
+    def scales(self, best: Array, peak: Array) -> Array:
+        """The scales of the weights, from the best ones in units."""
+        scale = jnp.where(peak > 0, self.unit * best, peak)  # 0, or NaN
+        return jnp.where(jnp.isfinite(peak) & jnp.isfinite(scale), scale, jnp.nan)
+
+
+def errors(a: Array, scales: Array, magnitudes: Sequence[float], group: Group) -> Array:
+    """Σ min_l (a − s·m_l)² of each group, for some scales along a first axis."""
+    group = group._replace(axes=tuple(axis + 1 for axis in group.axes))
+    return group.sum(jnp.square(_residual(a[None], scales, magnitudes)))
+
+
+def error(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
+    """Σ min_l (a − s·m_l)² of each group."""
+    return group.sum(jnp.square(_residual(a, scale, magnitudes)))
+
+
+def gain_of(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
+    """⟨q, a − s·q⟩ and ⟨q, q⟩ of each group, along a first axis: for the codes q that are nearest
+    at s, the least-squares scale is above s by their quotient.
+    """
+    q = at_index(level_index(a, scale, magnitudes), magnitudes)
+    return jnp.stack([group.sum(q * (a - scale * q)), group.sum(jnp.square(q))])
+
+
+def refitted(scale: Array, gain: Array) -> Array:
+    """The least-squares scale of codes from their `gain_of`."""
+    return scale + gain[0] / jnp.where(gain[1] > 0, gain[1], 1)
+
+
+def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
+    """a − the nearest of scale·magnitudes, or its absolute value."""
+    if len(magnitudes) > ROUNDED and are_consecutive(magnitudes):
+        return a - scale * jnp.minimum(jnp.round(a * (1 / scale)), magnitudes[-1])
+    if len(magnitudes) > COMPARED:
+        return a - scale * at_index(level_index(a, scale, magnitudes), magnitudes)
+    distances = [jnp.abs(a - scale * m) if m else a for m in magnitudes]
+    return jax.tree.reduce(jnp.minimum, distances)

@@ -1,0 +1,143 @@
+"""Both kinds of search, on arrays that share a loop: each finds the optimum of each group."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brelax_jax as brx
+from brelax_jax.sets import Group
+from brelax_jax.sets._fit import fit_all
+from brelax_jax.sets._rules import mean_at_once
+from brelax_jax.sets._together import MANY
+from tests.helpers import oracles, searching
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+KINDS = pytest.mark.parametrize("kind", searching.KINDS.values(), ids=searching.KINDS)
+LEAVES = [(7, 3, 20), (300,), (64, 5), (1, 1), (11, 13)]
+ROWS = Group((1,))
+
+
+def drawn(seed=0):
+    rng = np.random.default_rng(seed)
+    leaves = [rng.standard_t(2, shape).astype(np.float32) for shape in LEAVES]
+    leaves[1] *= 1e30
+    leaves[2] *= 1e-30
+    return leaves
+
+
+def assert_optimal(qset, w, scale, tolerance=1e-6):
+    groups = qset.granularity.groups(w.shape)
+    axes = tuple(a for a in range(len(groups.view)) if a not in groups.axes)
+    rows = np.transpose(w.astype(float).reshape(groups.view), (*axes, *groups.axes))
+    scale = np.ravel(scale)
+    for row, s in zip(rows.reshape(len(scale), -1), scale.astype(float), strict=True):
+        unit = np.max(np.abs(row)) or 1
+        least = oracles.optimum(row / unit, qset.levels)[1]
+        error = oracles.error(row / unit, s / unit, qset.levels)
+        assert error <= least * (1 + tolerance) + 1e-12 * np.sum((row / unit) ** 2)
+
+
+@pytest.mark.parametrize(
+    "qset",
+    [
+        brx.Ternary(),
+        brx.Uniform(4),
+        brx.Uniform(8),
+        brx.PowerOfTwo(5),
+        brx.ScaledLevels((-1000, -10, -1, 1, 10, 1000)),
+        brx.Ternary(granularity=brx.PerChannel()),
+        brx.Uniform(4, granularity=brx.PerChannel()),
+    ],
+    ids=repr,
+)
+def test_every_group_of_every_array_gets_the_best_scale(qset):
+    leaves = drawn()
+    with searching.forced(True):
+        fits = fit_all([qset] * len(leaves), leaves, [None] * len(leaves))
+    for w, fit in zip(leaves, fits, strict=True):
+        assert_optimal(qset, w, fit.scale)
+
+
+@KINDS
+def test_arrays_of_other_sets_and_dtypes_share_a_program(kind):
+    leaves = [*drawn(), drawn(1)[0].astype(jnp.bfloat16), np.zeros((0, 3), np.float32)]
+    sets = [
+        brx.Ternary(),
+        brx.Uniform(3),
+        brx.Ternary(granularity=brx.PerChannel()),
+        brx.Binary(),
+        brx.TernaryThreshold(),
+        brx.Ternary(),
+        brx.Ternary(),
+    ]
+    with searching.forced(kind):
+        fits = fit_all(sets, leaves, [None] * len(sets))
+    for i in (0, 1, 2, 3, 5):
+        assert_optimal(sets[i], np.asarray(leaves[i], np.float32), fits[i].scale)
+    assert fits[6].scale.tolist() == [[0]]
+
+
+@KINDS
+def test_arrays_without_an_answer_do_not_disturb_the_others(kind):
+    clean, spoilt = drawn(), drawn()
+    spoilt[0][0, 0, 0], spoilt[3][:] = np.nan, 0
+    spoilt[4][:] = -np.inf
+    with searching.forced(kind):
+        wanted, found = (
+            fit_all([brx.Uniform(4)] * len(LEAVES), leaves, [None] * len(LEAVES))
+            for leaves in (clean, spoilt)
+        )
+    scales = [fit.scale.item() for fit in found]
+    assert np.isnan(scales[0])
+    assert np.isnan(scales[4])
+    assert scales[3] == 0
+    for i in (1, 2):
+        assert scales[i] == wanted[i].scale.item()
+
+
+@KINDS
+def test_a_kept_scale_stays_within_its_tolerance(kind):
+    qset = brx.Ternary(rule=brx.LeastSquares(0.01))
+    rng, leaves = np.random.default_rng(0), drawn()
+    with searching.forced(kind):
+        fits = fit_all([qset] * len(leaves), leaves, [None] * len(leaves))
+        for _ in range(5):
+            leaves = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
+            fits = fit_all([qset] * len(leaves), leaves, fits)
+            for w, fit in zip(leaves, fits, strict=True):
+                assert_optimal(qset, w, fit.scale, 0.01 + 2e-6)
+
+
+def test_forgotten_intervals_are_searched_again():
+    """With few intervals to remember the certificate holds, after more rounds."""
+    a = np.abs(np.random.default_rng(0).standard_normal((4, 3000))).astype(np.float32)
+    a /= np.max(a, axis=1, keepdims=True)
+    magnitudes = tuple(map(float, range(32)))
+    ends = [
+        jax.jit(lambda a, shape=shape: searching.together(a, magnitudes, ROWS, shape))(a)
+        for shape in (MANY, MANY._replace(intervals=3), MANY._replace(intervals=200))
+    ]
+    for end in ends:
+        assert np.all(end.left[0, 0] == end.end[0])
+        np.testing.assert_allclose(end.best[1], ends[0].best[1], rtol=2e-6)
+    assert ends[1].rounds > ends[2].rounds
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 5), (4, 7), (8, 60)])
+def test_few_rounds_suffice_for_many_scales_at_a_time(bits, most):
+    rng = np.random.default_rng(0)
+    w = np.abs(np.stack([rng.standard_normal(5000), rng.laplace(size=5000)])).astype(np.float32)
+    a = w / np.max(w, axis=1, keepdims=True)
+    end = jax.jit(lambda a: searching.together(a, range(2 ** (bits - 1)), ROWS))(a)
+    assert end.rounds <= most
+    assert np.all(end.left[0, 0] == end.end[0])
+
+
+def test_a_mean_at_once_is_that_of_other_passes():
+    w = np.stack([np.full(1000, -1e37), np.linspace(0, 1, 1000), np.full(1000, 3.4e38)])
+    w = np.stack([*w, np.full(1000, 2e-38), w[1], w[1]]).astype(np.float32)
+    w[4, 7], w[5, 7] = np.inf, np.nan
+    mean = np.asarray(jax.jit(lambda w: mean_at_once(ROWS, w))(w))[:, 0]
+    np.testing.assert_allclose(mean, [1e37, 0.5, 3.4e38, 2e-38, np.inf, np.nan], rtol=1e-5)

@@ -1,0 +1,163 @@
+"""Scales of a narrow dtype: the best of them, against every value that the dtype has."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+import brelax_jax as brx
+from tests.helpers import oracles, searching
+
+DTYPES = ["float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"]
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+LEVELS = {
+    "binary": brx.Binary(),
+    "ternary": brx.Ternary(),
+    "two-bit": brx.ScaledLevels((-3, -1, 1, 3)),
+    "uniform4": brx.Uniform(4),
+    "e2m1": brx.ScaledLevels((-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)),
+}
+
+
+@functools.cache
+def values(dtype):
+    """Every positive normal value of a dtype, ascending."""
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    bits = np.arange(2 ** (8 * kind.itemsize)).astype(f"u{kind.itemsize}")
+    with np.errstate(invalid="ignore"):  # some bits are no numbers
+        found = bits.view(kind).astype(np.float64)
+    least = float(ml_dtypes.finfo(kind).smallest_normal)
+    return np.unique(found[np.isfinite(found) & (found >= max(least, 2.0**-126))])
+
+
+def least_error(w, levels, dtype):
+    """Of the best scale, by trying all that are no further than one value from where it can be."""
+    a, magnitudes = np.abs(w), [level for level in levels if level >= 0]
+    high = a.max() / min(m for m in magnitudes if m)
+    every = values(dtype)
+    first = max(np.searchsorted(every, a.mean() / magnitudes[-1], "right") - 1, 0)
+    last = np.searchsorted(every, high)
+    distances = a[None] - every[first : last + 1, None] * magnitudes[0]
+    for magnitude in magnitudes[1:]:
+        others = a[None] - every[first : last + 1, None] * magnitude
+        distances = np.where(np.abs(others) < np.abs(distances), others, distances)
+    return np.min(np.sum(np.square(distances), axis=1))
+
+
+def drawn(size):
+    rng = np.random.default_rng(size)
+    w = np.concatenate([rng.standard_normal((3, size)), rng.standard_t(2, (3, size))])
+    return (w * rng.uniform(0.1, 10, (6, 1))).astype(np.float32)
+
+
+def set_of(name, dtype, granularity):
+    levels = LEVELS[name].levels
+    return brx.ScaledLevels(levels, granularity=granularity, scale_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [*((dtype, "in turn") for dtype in DTYPES), ("float16", "together")]
+)
+def test_the_best_scale_among_those_of_the_dtype(dtype, kind):
+    w = {size: drawn(size) for size in (16, 40)}
+    sets = {name: set_of(name, dtype, brx.PerChannel(0)) for name in LEVELS}
+    with searching.forced(searching.KINDS[kind]):
+        fits = jax.jit(lambda w: {n: [q.fit(x) for x in w.values()] for n, q in sets.items()})(w)
+    for name, qset in sets.items():
+        for x, fit in zip(w.values(), fits[name], strict=True):
+            for row, scale in zip(x.astype(float), np.ravel(fit.scale).astype(float), strict=True):
+                assert scale in values(dtype)
+                error = oracles.error(row, scale, qset.levels)
+                assert error <= least_error(row, qset.levels, dtype) * (1 + 2e-6) + 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_beyond_the_dtype_becomes_its_last_value(dtype):
+    w = np.array([[1e-30, 2e-30], [1e30, -3e30], [0, 0], [np.nan, 1]], np.float32)
+    for qset in (brx.Ternary, brx.Binary):
+        fit = jax.jit(qset(granularity=brx.PerChannel(0), scale_dtype=dtype).fit)(w)
+        tiny, huge, zero, spoilt = np.ravel(fit.scale).astype(float)
+        assert tiny in values(dtype)
+        assert huge in values(dtype)
+        if dtype in ("float16", "float8_e4m3fn"):
+            assert (tiny, huge) == (values(dtype)[0], values(dtype)[-1])
+        assert zero == 0
+        assert np.isnan(spoilt)
+
+
+@pytest.mark.parametrize("rule", [brx.MeanMagnitude(0.5), brx.MaxMagnitude(), brx.Fixed(0.3)])
+def test_other_rules_take_the_nearest_value(rule):
+    w = drawn(40)
+    for dtype in DTYPES:
+        free = brx.Uniform(4, granularity=brx.PerChannel(0), rule=rule)
+        bound = brx.Uniform(4, granularity=brx.PerChannel(0), rule=rule, scale_dtype=dtype)
+        scales, found = (np.ravel(jax.jit(q.fit)(w).scale).astype(float) for q in (free, bound))
+        every = values(dtype)
+        best = np.min(np.abs(every[None] - scales[:, None]), axis=1)
+        np.testing.assert_allclose(np.abs(found - scales), best, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02])
+def test_a_tolerance_keeps_scales_of_the_dtype(kept):
+    qset = brx.Uniform(
+        3, rule=brx.LeastSquares(kept), scale_dtype="float16", granularity=brx.PerChannel(0)
+    )
+    rng, w, fit, fitted = np.random.default_rng(0), drawn(40), None, jax.jit(qset.fit)
+    for _ in range(4):
+        w = (w + 0.03 * rng.standard_normal(w.shape)).astype(np.float32)
+        fit = fitted(w, fit)
+        for row, scale in zip(w.astype(float), np.ravel(fit.scale).astype(float), strict=True):
+            assert scale in values("float16")
+            least = least_error(row, qset.levels, "float16")
+            assert oracles.error(row, scale, qset.levels) <= least * (1 + kept + 2e-6) / (1 - kept)
+
+
+@pytest.mark.parametrize("params", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("uniform4", "float16"), ("e2m1", "float8_e8m0fnu"), ("e2m1", "float8_e4m3fn")],
+)
+def test_training_ends_on_them_bit_for_bit(name, dtype, params):
+    qset = set_of(name, dtype, brx.PerBlock(16, 0))
+    relax = brx.binary_relax(optax.sgd(0.3), qset, 1.0, hard_from=9)
+    rng = np.random.default_rng(0)
+    w = {"kernel": jnp.asarray(rng.standard_t(2, (32, 6)), params)}
+    state, update = relax.init(w), jax.jit(relax.update)
+    for step in range(14):
+        updates, state = update(
+            {"kernel": jnp.asarray(rng.standard_normal((32, 6)), params)}, state, w
+        )
+        w = optax.apply_updates(w, updates)
+        scales = np.ravel(state.scales["kernel"]).astype(float)
+        assert np.isin(scales, values(dtype)).all()
+        if step >= 9:
+            np.testing.assert_array_equal(
+                w["kernel"], brx.quantized_params(state, w)["kernel"], strict=True
+            )
+            quantized = brx.quantized_tree(state, w)["kernel"]
+            assert quantized.spacing is None
+            np.testing.assert_array_equal(quantized.dequantize(), w["kernel"])
+
+
+def test_groups_beyond_the_dtype_are_warned_of_and_counted():
+    qset = brx.Ternary(granularity=brx.PerChannel(), scale_dtype="float8_e4m3fn")
+    params = {"kernel": jnp.array([[1e-4, 1.0, 2000.0], [2e-4, 0.5, 1000.0]])}
+    relax = brx.binary_connect(optax.sgd(0.0), qset)
+    with pytest.warns(UserWarning, match=r"'kernel' on .*: 2 scales would be beyond float8_e4m3fn"):
+        state = relax.init(params)
+    _, state = jax.jit(relax.update)(params, state, params)
+    assert brx.metrics(state, params)["kernel"].saturated == 2
+    free = brx.binary_connect(optax.sgd(0.0), brx.Ternary())
+    assert brx.metrics(free.init(params), params)["kernel"].saturated is None
+
+
+@pytest.mark.parametrize("given", ["float32", "int8", "halves", 3, jnp.float64])
+def test_other_dtypes_are_refused(given):
+    with pytest.raises(ValueError, match=r"scale_dtype must be None or one of float16, bfloat16"):
+        brx.Ternary(scale_dtype=given)
+    assert brx.Ternary(scale_dtype=jnp.float16) == brx.Ternary(scale_dtype="float16")

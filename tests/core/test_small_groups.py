@@ -1,0 +1,96 @@
+"""Small ternary groups are sorted, not searched: exact in each dtype, with ties, zeros and NaN."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brelax_jax as brx
+from brelax_jax.sets import Fit, Group
+from brelax_jax.sets._small_groups import is_small, sorting_network
+from brelax_jax.sets._weights import Weights
+from tests.core.test_optimality import KINDS, assert_optimal
+from tests.helpers import oracles
+
+SIZES = [1, 2, 9, 16, 32]
+
+
+def test_a_network_sorts():
+    """It does if it sorts zeros and ones."""
+    for n in range(1, 11):
+        for bits in itertools.product((0, 1), repeat=n):
+            row = list(bits)
+            for i, j in sorting_network(n):
+                row[i], row[j] = max(row[i], row[j]), min(row[i], row[j])
+            assert row == sorted(bits, reverse=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_scales_are_the_best_for_every_kind_of_weights(size):
+    qset = brx.Ternary(granularity=brx.PerBlock(size, 1))
+    drawn = [
+        np.asarray(draw(np.random.default_rng((seed, i)), size), np.float32)
+        for i, draw in enumerate(KINDS.values())
+        for seed in range(20)
+    ]
+    w = np.stack([np.where(np.abs(x) < 1.2e-38, np.float32(0), x) for x in drawn])
+    assert is_small(qset.magnitudes, Weights(jnp.asarray(w), Group((1,))))
+    kinds = [kind for kind in KINDS for _ in range(20)]
+    assert_optimal(qset, kinds, w, jax.jit(qset.quantize)(w))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_blocks_along_every_axis(axis):
+    w = np.random.default_rng(0).standard_t(2, (18, 18, 27)).astype(np.float32)
+    qset = brx.ScaledLevels((-2, 0, 2), granularity=brx.PerBlock(9, axis))
+    quantized = jax.jit(qset.quantize)(w)
+    groups = np.moveaxis(w, axis, -1).reshape(-1, 9)
+    scales = np.moveaxis(np.asarray(quantized.scale), axis, -1).ravel()
+    for group, scale in zip(groups.astype(float), scales.astype(float), strict=True):
+        least = oracles.optimum(group, qset.levels)[1]
+        assert oracles.error(group, scale, qset.levels) <= least * (1 + 1e-6)
+
+
+def test_groups_without_an_answer_keep_to_themselves():
+    w = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
+    quantize = jax.jit(brx.Ternary(granularity=brx.PerBlock(16)).quantize)
+    clean = np.ravel(quantize(w).scale)
+    w[1, 3], w[2, 0], w[4] = np.nan, -np.inf, 0
+    scale = np.ravel(quantize(w).scale)
+    np.testing.assert_array_equal(np.isnan(scale), np.isin(np.arange(6), [1, 2]))
+    assert scale[4] == 0
+    np.testing.assert_array_equal(scale[[0, 3, 5]], clean[[0, 3, 5]])
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        w = np.random.default_rng(0).standard_t(2, (50, 16))
+        qset = brx.Ternary(granularity=brx.PerBlock(16))
+        scales = np.ravel(jax.jit(qset.quantize)(w).scale)
+    assert scales.dtype == np.float64
+    for group, scale in zip(w, scales, strict=True):
+        np.testing.assert_allclose(scale, oracles.optimum(group, qset.levels)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 0.3, 1.0, 1e30, np.nan, np.inf])
+def test_a_scale_is_kept_within_its_tolerance(scale):
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((200, 16)), jnp.float32)
+    qset = brx.Ternary(granularity=brx.PerBlock(16), rule=brx.LeastSquares(0.05))
+    fit = jax.jit(qset.fit)(w, Fit(jnp.full((200, 1), scale)))
+    scales = np.ravel(fit.scale)
+    excess: list[float] = []
+    for group, s in zip(np.asarray(w, float), scales.astype(float), strict=True):
+        least = oracles.optimum(group, qset.levels)[1]
+        excess.append(oracles.error(group, s, qset.levels) / least - 1)
+    assert max(excess) < 0.05 / 0.95
+    if scale == 1.0:
+        assert max(excess) > 1e-3  # else nothing was kept
+
+
+def test_groups_along_several_axes():
+    w = np.random.default_rng(0).laplace(size=(3, 3, 8, 10)).astype(np.float32)
+    scales = jax.jit(brx.Ternary(granularity=brx.PerChannel((2, 3))).quantize)(w).scale
+    for group, scale in zip(w.reshape(9, -1).T.astype(float), np.ravel(scales), strict=True):
+        np.testing.assert_allclose(scale, oracles.optimum(group, (-1, 0, 1))[0], rtol=1e-5)
