@@ -243,6 +243,8 @@ def _mean_by_other_passes(group: Group, w: Array) -> Array:
 def mean_at_once(group: Group, w: Array) -> Array:
     """By a sum that is exact and one that does not overflow: a branch would copy the weights."""
     size = float(group.size(w))
-    total, small = group.sum(jnp.abs(w)), group.sum(jnp.abs(w) * 2.0**-32)
+    # What is fused with a reduction is not written in place of what it was computed from.
+    a = jnp.abs(lax.optimization_barrier(w))
+    total, small = group.sum(a), group.sum(a * 2.0**-32)
     large = jnp.minimum(small / size, jnp.finfo(w.dtype).max * 2.0**-32) * 2.0**32
     return jnp.where(jnp.isfinite(total), total / size, jnp.where(jnp.isinf(small), small, large))
