@@ -183,20 +183,26 @@ def groups_of(granularity: Granularity, w: Any) -> Groups:
     """
     groups = granularity.groups(jnp.shape(w))
     bound_names(groups.axis_names)
-    if isinstance(granularity, PerBlock) and isinstance(w, Array):
-        axis = _axis_in(granularity.axis, w.shape, granularity)
-        sharding = jax.typeof(w).sharding
-        names = sharding.spec[axis] if axis < len(sharding.spec) else None
-        names = names if isinstance(names, tuple) else (names,)
-        shards = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
-        entries = w.shape[axis] // shards
-        if entries % granularity.size:
-            raise ValueError(
-                f"{granularity} cuts across the {shards} shards of axis {axis} of shape "
-                f"{w.shape}, of {entries} entries each. Choose a size that divides them, or shard "
-                "another axis."
-            )
+    if isinstance(w, Array) and (fault := crossing(granularity, w, jax.typeof(w).sharding)):
+        raise ValueError(fault)
     return groups
+
+
+def crossing(granularity: Granularity, w: Array, sharding: jax.sharding.NamedSharding) -> str:
+    """What is wrong with blocks of w that do not lie within its shards; else nothing."""
+    if not isinstance(granularity, PerBlock):
+        return ""
+    axis = _axis_in(granularity.axis, w.shape, granularity)
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = names if isinstance(names, tuple) else (names,)
+    shards = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+    entries = w.shape[axis] // shards
+    if entries % granularity.size == 0:
+        return ""
+    return (
+        f"{granularity} cuts across the {shards} shards of axis {axis} of shape {w.shape}, of "
+        f"{entries} entries each. Choose a size that divides them, or shard another axis."
+    )
 
 
 def _integer(value: object, name: str) -> int:

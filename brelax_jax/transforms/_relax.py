@@ -39,7 +39,7 @@ from brelax_jax.transforms._state import (
     with_fits,
 )
 from brelax_jax.transforms._strength import next_step
-from brelax_jax.transforms._vanishing import warn_of_saturation, warn_of_vanishing
+from brelax_jax.transforms._warnings import warn_of_crossing, warn_of_saturation, warn_of_vanishing
 
 RELAXATION = Relaxation()
 LAST_COUNT = np.iinfo(np.int32).max  # the count stops there
@@ -153,6 +153,7 @@ def _init(settings: _Settings, params: Any) -> BinaryRelaxState:
     boxes, given = boxes_with_paths(params), dict(leaves_with_paths(params))
     warn_of_vanishing(sets, given)
     warn_of_saturation(sets, given)
+    warn_of_crossing(sets, given)
     floats = {path: float_copy(given[path], settings.float_dtype) for path in sets}
     fits = {path: blank_fit(qset, floats[path]) for path, qset in sets.items()}
 

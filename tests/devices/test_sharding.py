@@ -175,10 +175,12 @@ if jax.device_count() >= meshes.DEVICES:
             mesh = meshes.make_mesh(kind)
             with jax.set_mesh(mesh):
                 w = jax.device_put(weights(), NamedSharding(mesh, spec))
+                message = r"PerBlock\(size=16, axis=2\) cuts across the 4 shards of axis 2"
                 if kind == AxisType.Auto:
                     np.testing.assert_allclose(qset.project(w), expected, rtol=1e-6)
+                    with pytest.warns(UserWarning, match="'kernel': " + message):
+                        brx.binary_connect(optax.sgd(0.1), qset).init({"kernel": w})
                     continue
-                message = r"PerBlock\(size=16, axis=2\) cuts across the 4 shards of axis 2"
                 with pytest.raises(ValueError, match=message):
                     qset.project(w)
                 with pytest.raises(ValueError, match="'kernel'.*" + message):

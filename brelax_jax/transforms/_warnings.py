@@ -1,6 +1,4 @@
-"""Weights that their set cannot hold: a whole slice of a stacked kernel, as an expert's, that would
-be all zeros, and groups whose scale is beyond the scale dtype.
-"""
+"""What `init` warns of: weights that their set cannot hold, and blocks that cross shards."""
 
 import functools
 import warnings
@@ -14,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from brelax_jax.sets import QuantizedSet, compute_dtype
+from brelax_jax.sets._granularity import crossing
 from brelax_jax.sets._scale_dtype import DTYPES
 
 
@@ -49,6 +48,19 @@ def warn_of_saturation(sets: Mapping[str, QuantizedSet], params: Mapping[str, An
                 "these weights.",
                 stacklevel=4,
             )
+
+
+def warn_of_crossing(sets: Mapping[str, QuantizedSet], params: Mapping[str, Any]) -> None:
+    """Warns, by path, of blocks that cross the shards of an array: XLA moves weights for them.
+
+    Where shardings are known: not under jit. In JAX's explicit mode this is an error already.
+    """
+    for path, qset in sets.items():
+        sharding = getattr(params[path], "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding) and (
+            fault := crossing(qset.granularity, params[path], sharding)
+        ):
+            warnings.warn(f"{path!r}: {fault} Weights move between devices now.", stacklevel=4)
 
 
 @functools.partial(jax.jit, static_argnums=0)
