@@ -23,6 +23,8 @@ import numpy as np
 from jax import Array, lax
 
 from brelax_jax._tree import fold_leaves
+from brelax_jax.sets._group import Group
+from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._search import (
     ROUNDS,
     TOLERANCE,
@@ -114,10 +116,23 @@ def _in_turn(
     magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
 ) -> list[Array]:
     def search(name: str, operand: tuple[Array, Array | None]) -> Array:
-        w, kept = operand
-        return searched_scale(magnitudes, arrays[int(name)]._replace(w=w, kept=kept))
+        _, group, _, *settings = arrays[int(name)]
+        return _searched(magnitudes, group, *settings, *operand)
 
     return [*fold_leaves(search, {str(i): each for i, each in enumerate(operands)}).values()]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _searched(
+    magnitudes: Sequence[float],
+    group: Group,
+    tolerance: float,
+    allowed: Scales | None,
+    w: Array,
+    kept: Array | None,
+) -> Array:
+    """`searched_scale`, traced once for arrays of equal shapes."""
+    return searched_scale(magnitudes, Weights(w, group, kept, tolerance, allowed))
 
 
 def _at_once(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -35,21 +36,31 @@ def float_copy(p: ArrayLike, float_dtype: DTypeLike) -> Array:
     return jnp.array(p, promoted(jnp.result_type(p), float_dtype), copy=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def blank_fit(qset: QuantizedSet, y: Array) -> Fit:
-    """Zeros in the place of the scales of y.
+    """Zeros in the place of the scales of y, laid out over devices as the scales will be."""
+    if isinstance(y, jax.core.Tracer) or len(y.devices()) > 1:
+        return _reduced_zeros(qset, y)
+    shape, dtype = qset.granularity.groups(y.shape).scale, compute_dtype(y.dtype)
+    zero = jax.device_put(np.zeros(shape, dtype), *y.devices())  # compiles nothing
+    return Fit(zero, zero if _has_code_scale(qset, y) else None)
 
-    They are laid out over devices as the scales will be, because they are reduced from y too.
-    """
+
+def _has_code_scale(qset: QuantizedSet, y: Array) -> bool:
+    if isinstance(qset.rule, LeastSquares):
+        return False
+    return jax.eval_shape(qset.fit, y).code_scale is not None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reduced_zeros(qset: QuantizedSet, y: Array) -> Fit:
+    """Zeros that lie as the scales will, because they are reduced from y too."""
     groups = qset.granularity.groups(y.shape)
     if y.size == 0:
         zero = jnp.zeros(groups.scale, compute_dtype(y.dtype))
     else:
         largest = groups.group.max(jnp.abs(y.reshape(groups.view)))
         zero = jnp.minimum(largest, 0).astype(compute_dtype(y.dtype)).reshape(groups.scale)
-    if isinstance(qset.rule, LeastSquares) or jax.eval_shape(qset.fit, y).code_scale is None:
-        return Fit(zero)
-    return Fit(zero, zero)
+    return Fit(zero, zero if _has_code_scale(qset, y) else None)
 
 
 def float_weights(state: BinaryRelaxState, params: Mapping[str, Any]) -> dict[str, Array]:

