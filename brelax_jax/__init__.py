@@ -1,8 +1,8 @@
 """BinaryRelax for Optax: train networks whose weights end up exactly on quantized sets.
 
 Data flows one way: which leaves (`select`) → where they must land (the sets) → how hard they are
-pulled (the proximal maps, the continuation schedules) → the Optax face (`binary_relax`) → what leaves
-(`save`, `pack`, `export`).
+pulled (the proximal maps, the continuation schedules) → the Optax face (`binary_relax`) → what
+leaves (`save`, `pack`, `export`).
 """
 
 from brelax_jax._envelope import distance as distance

@@ -109,7 +109,8 @@ def load(path: str | os.PathLike[str], packed: bool = False) -> Any:
                 break
         if not isinstance(node, dict) or last in node:
             raise ValueError(f"{os.fspath(path)}: the leaf {leaf.name!r} lies inside another one")
-        node[last] = jax.tree.map(lambda array: _on_device(path, leaf, array), value)
+        _check_precision(path, leaf)
+        node[last] = jax.tree.map(jnp.asarray, value)
     return tree.get("", {})
 
 
@@ -178,10 +179,10 @@ def _warn_of_difference(
         )
 
 
-def _on_device(path: str | os.PathLike[str], leaf: Leaf, array: Any) -> Any:
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+def _check_precision(path: str | os.PathLike[str], leaf: Leaf) -> None:
+    dtype = jnp.dtype(leaf.value.dtype)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"{os.fspath(path)}: {leaf.name!r} is of {array.dtype}, which JAX has only with "
-            "jax_enable_x64; set it, or save with dtype='float32'."
+            f"{os.fspath(path)}: {leaf.name!r} is of {dtype}, which JAX has only with "
+            "jax_enable_x64; set it, or save a network of narrower weights."
         )
-    return jnp.asarray(array)

@@ -133,10 +133,10 @@ def pack(quantized: Any) -> Any:
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> packed = brx.pack(brx.Ternary().quantize(jnp.array([0.1, -1.0, 3.0, 2.0, -3.0])))
-    >>> packed.data  # the digits 1, 0, 2, 2, 0 of base 3
-    Array([73], dtype=uint8)
+    >>> packed.data  # the digits 1, 1, 2, 2, 0 of base 3
+    Array([76], dtype=uint8)
     >>> packed.unpack().codes
-    Array([ 0, -1,  1,  1, -1], dtype=int8)
+    Array([ 0,  0,  1,  1, -1], dtype=int8)
     """
     leaves = jax.tree.leaves(quantized, is_leaf=is_quantized)
     if not any(map(is_quantized, leaves)):

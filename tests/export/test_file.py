@@ -16,6 +16,7 @@ import pytest
 
 import brelax_jax as brx
 from brelax_jax.export._file import _write, read
+from tests.helpers import snippets
 from tests.helpers.altered import file, network
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -102,7 +103,9 @@ def test_in_phase_one_the_warning_says_by_how_much(path):
     kernel, w = params["a/b"]["kernel"], quantized()["a/b"]["kernel"]
     others = {"a/b": params["a/b"], "list": quantized()["list"], "steps": params["steps"]}
     percent = 100 * np.linalg.norm(w - kernel) / np.linalg.norm(kernel)
-    with pytest.warns(UserWarning, match=f"1 leaves, at most by {percent:.3g} .*'a/b/kernel'.*Phas"):
+    with pytest.warns(
+        UserWarning, match=f"1 leaves, at most by {percent:.3g} .*'a/b/kernel'.*Phas"
+    ):
         brx.save(path, others, state)
 
 
@@ -134,6 +137,16 @@ def test_every_kind_of_leaf_comes_back(path):
         assert (leaf.qset, leaf.granularity) == leaves[leaf.name][:2]
 
 
+def test_the_reader_of_the_documentation_needs_numpy_only(path):
+    path.write_bytes(file())
+    found = snippets.run("docs/file-format.md")["read"](path)
+    wanted = {leaf.name: leaf.dequantize() for leaf in read(path)}
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        assert found[name].dtype == w.dtype
+        assert found[name].tobytes() == w.tobytes()
+
+
 def test_equal_networks_are_equal_files(path):
     assert file.__wrapped__() == file()
 
@@ -152,13 +165,21 @@ def own_granularity():
         ({"w": jnp.ones((2, 2))}, {"opt_state": 1, "rules": brx.Binary()}, "got both"),
         ({"w": jnp.ones((2, 2))}, {"rules": brx.Binary(), "dtype": "int8"}, "dtype must be"),
         ({"w": jnp.full((2, 2), jnp.nan)}, {"rules": brx.Binary()}, "'w' has weights that are not"),
-        ({"w": jnp.ones((2, 2))}, {"rules": own_granularity()}, "'w' has scales by .*Own.* only those by PerT"),
+        (
+            {"w": jnp.ones((2, 2))},
+            {"rules": own_granularity()},
+            "'w' has scales by .*Own.* only those by PerT",
+        ),
         (
             {"w": jnp.ones((2, 2)), "w:codes": jnp.ones(1)},
             {"rules": brx.Binary()},
             "need the name 'w:codes'",
         ),
-        ({"w": jnp.ones((2, 2)), "c": jnp.ones(1, "complex64")}, {"rules": brx.Binary()}, "complex"),
+        (
+            {"w": jnp.ones((2, 2)), "c": jnp.ones(1, "complex64")},
+            {"rules": brx.Binary()},
+            "complex",
+        ),
     ],
 )
 def test_what_cannot_be_saved(path, params, kwargs, message):

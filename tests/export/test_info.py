@@ -23,7 +23,7 @@ def test_the_table_has_a_line_for_each_leaf_and_totals(path, capsys):
         "conv/kernel", "layers/0/w", "layers/1/w", "levels", "bias", "half", "steps",
     ]  # fmt: skip
     assert "Uniform(4)    PerBlock(size=4, axis=0)  12.00     24  of 15 levels, -7:" in lines[3]
-    assert lines[-1].startswith("52 weights, 45 of them on sets, in 85 bytes (")
+    assert lines[-1].startswith("52 weights, 45 of them on sets, in 81 bytes (")
 
 
 def test_json_says_the_same_in_full(path, capsys):

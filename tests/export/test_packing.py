@@ -28,7 +28,6 @@ LEAVES = {
     "2 bits": quantized(RNG, (9,), (1,), [1, 3], False, "bfloat16"),
     "3 bits": quantized(RNG, (), (), [1, 2, 4], dtype="float16"),
     "4 bits": quantized(RNG, (8, 5), (2, 5), range(1, 8), spacing=2.0**-20),
-    "8 bits": quantized(RNG, (3, 100), (3, 1), range(1, 128)),
     "empty": quantized(RNG, (0, 4), (1, 1), [1]),
 }
 
@@ -66,13 +65,15 @@ def test_packed_under_jit_is_what_numpy_packs():
         for back, array in zip(jax.tree.leaves(unpacked[name]), jax.tree.leaves(leaf), strict=True):
             assert back.dtype == array.dtype
             np.testing.assert_array_equal(back, array)
-    assert [packed[name].levels for name in LEAVES] == [2, 3, 4, 7, 15, 255, 3]
-    assert [packed[name].data.size for name in LEAVES] == [14, 5, 4, 3, 20, 8 * 38, 0]
+    assert [packed[name].levels for name in LEAVES] == [2, 3, 4, 7, 15, 3]
+    assert [packed[name].data.size for name in LEAVES] == [14, 5, 4, 3, 20, 0]
 
 
 def test_dequantized_are_codes_and_packed_ones_alike():
     tree = {"kernel": LEAVES["4 bits"], "bias": jnp.ones(2)}
-    wanted, found = jax.jit(lambda tree: (brx.dequantize(tree), brx.dequantize(brx.pack(tree))))(tree)
+    wanted, found = jax.jit(lambda tree: (brx.dequantize(tree), brx.dequantize(brx.pack(tree))))(
+        tree
+    )
     assert found["kernel"].dtype == wanted["kernel"].dtype == jnp.float32
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 

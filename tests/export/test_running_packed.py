@@ -1,4 +1,4 @@
-"""Networks that run from packed weights: Linen, NNX, plain functions, and one file for JAX alone."""
+"""Networks that run from packed weights: Linen, NNX, plain functions, and a file for JAX alone."""
 
 import os
 import subprocess
