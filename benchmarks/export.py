@@ -23,7 +23,7 @@ import brelax_jax as brx
 from examples.train.models import make_model
 
 RUNS = 15
-TURNS = 40
+TURNS = 20
 COUNT = 11_000_000
 SETS = {"binary": (brx.Binary(), 1.0), "ternary": (brx.TernaryThreshold(), 1.6)}
 OTHERS = {"4 bits": (brx.Uniform(4), 4.0), "8 bits": (brx.Uniform(8), 8.0)}
@@ -52,75 +52,48 @@ def line(name: str, figure: str, target: str) -> None:
     print(f"{name:<40}{figure:<40}{target}", flush=True)
 
 
-def packing() -> None:
+def packing(name: str, qset: brx.QuantizedSet, bits: float) -> None:
     """Packs and unpacks random codes."""
-    rng = np.random.default_rng(0)
-    for name, (qset, bits) in {**SETS, **OTHERS}.items():
-        codes = rng.choice([code for code in _codes(qset)], COUNT).astype(np.int8)
-        scale, dtype = jnp.ones(1), jnp.dtype("float32")
-        has_zero = 0.0 in qset.levels
-        quantized = brx.Quantized(
-            jnp.asarray(codes), scale, qset.table, dtype, has_zero=has_zero
-        )
-        packed = brx.pack(quantized)
-        ones = rng.integers(0, 2, int(bits * COUNT)).astype(np.uint8)
-        data = np.packbits(ones)
-        line(
-            f"pack, {name}", ratio(lambda: brx.pack(quantized), lambda: np.packbits(ones)), "4"
-        )
-        line(f"unpack, {name}", ratio(packed.unpack, lambda: np.unpackbits(data)), "4")
+    rng, most, has_zero = np.random.default_rng(0), len(qset.table) - 1, 0.0 in qset.levels
+    codes = [code for code in range(-most, most + 1) if code or has_zero]
+    drawn = jnp.asarray(rng.choice(codes, COUNT), jnp.int8)
+    scale, dtype = jnp.ones(1), jnp.dtype("float32")
+    quantized = brx.Quantized(drawn, scale, qset.table, dtype, has_zero=has_zero)
+    packed = brx.pack(quantized)
+    ones = rng.integers(0, 2, int(bits * COUNT)).astype(np.uint8)
+    data = np.packbits(ones)
+    line(f"pack, {name}", ratio(lambda: brx.pack(quantized), lambda: np.packbits(ones)), "4")
+    line(f"unpack, {name}", ratio(packed.unpack, lambda: np.unpackbits(data)), "4")
 
 
-def _codes(qset: brx.QuantizedSet) -> list[int]:
-    most = len(qset.table) - 1
-    return [code for code in range(-most, most + 1) if code or 0.0 in qset.levels]
+def file(path: Path, params: Any, name: str, qset: brx.QuantizedSet, bits: float) -> None:
+    """Saves and loads a network with all kernels on a set."""
+    rules = brx.select((r"kernel$", qset))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the params are not on the set
+        brx.save(path, params, rules=rules)
+    packed = brx.load(path, packed=True)
+    leaves = jax.tree.leaves(packed, is_leaf=is_packed)
+    least = sum(
+        bits / 8 * math.prod(leaf.shape) + leaf.scale.nbytes if is_packed(leaf) else leaf.nbytes
+        for leaf in leaves
+    )
+    size = path.stat().st_size
+    figure = f"{size / least:8.3f}   {size:,} bytes to {least:,.0f}"
+    line(f"file of ResNet-18, {name}", figure, "1.03")
+    unpack = jax.jit(brx.dequantize)
+
+    def read_and_unpack() -> Any:
+        path.read_bytes()
+        return unpack(packed)
+
+    line(f"load, {name}", ratio(lambda: brx.load(path), read_and_unpack), "3")
+    line(f"load packed, {name}", ratio(lambda: brx.load(path, packed=True), read_and_unpack), "")
 
 
-def files(directory: Path) -> None:
-    """Saves and loads a ResNet-18 with all kernels on a set."""
-    model = make_model("resnet18", 1000)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    for name, (qset, bits) in SETS.items():
-        rules = brx.select((r"kernel$", qset))
-        path = directory / name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the params are not on the set
-            brx.save(path, params, rules=rules)
-        on_set = rules.assign(params)
-        leaves = {
-            jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
-            for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
-        }
-        least = sum(
-            math.ceil(bits * w.size / 8) + 4 if at in on_set else w.nbytes
-            for at, w in leaves.items()
-        )
-        size = path.stat().st_size
-        line(
-            f"file of ResNet-18, {name}",
-            f"{size / least:8.3f}   {size:,} bytes to {least:,}",
-            "1.03",
-        )
-        packed = [
-            leaf
-            for leaf in jax.tree.leaves(
-                brx.load(path, packed=True), is_leaf=lambda x: isinstance(x, brx.Packed)
-            )
-            if isinstance(leaf, brx.Packed)
-        ]
-        unpack = jax.jit(lambda leaves: [leaf.dequantize() for leaf in leaves])
-        line(
-            f"load, {name}",
-            ratio(lambda: brx.load(path), lambda: (path.read_bytes(), unpack(packed))),
-            "3",
-        )
-        line(
-            f"load packed, {name}",
-            ratio(
-                lambda: brx.load(path, packed=True), lambda: (path.read_bytes(), unpack(packed))
-            ),
-            "",
-        )
+def is_packed(leaf: Any) -> bool:
+    """Whether it is a `Packed`."""
+    return isinstance(leaf, brx.Packed)
 
 
 def inference() -> None:
@@ -157,9 +130,13 @@ def main() -> None:
     argparse.ArgumentParser(prog=program, description=__doc__).parse_args()
     print(f"jax {jax.__version__}, {COUNT / 1e6:.0f} M weights where none are named\n")
     line("what", "   ratio", "at most")
+    model = make_model("resnet18", 1000)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     with TemporaryDirectory() as directory:
-        files(Path(directory))
-    packing()
+        for name, (qset, bits) in SETS.items():
+            file(Path(directory) / name, params, name, qset, bits)
+    for name, (qset, bits) in {**SETS, **OTHERS}.items():
+        packing(name, qset, bits)
     inference()
 
 

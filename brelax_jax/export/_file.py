@@ -3,9 +3,10 @@
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,29 +99,44 @@ def load(path: str | os.PathLike[str], packed: bool = False) -> Any:
       OSError: if there is no such file.
       ModuleNotFoundError: as `save`.
     """
-    tree: dict[Any, Any] = {}
-    for leaf in read(path):
-        value = leaf.value if packed else leaf.dequantize()
-        *above, last = ("", *leaf.keys)
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or last in node:
-            raise ValueError(f"{os.fspath(path)}: the leaf {leaf.name!r} lies inside another one")
-        _check_precision(path, leaf)
-        node[last] = jax.tree.map(jnp.asarray, value)
-    return tree.get("", {})
+    leaves = read(path)
+    if packed:
+        return jax.device_put(_nested(leaves, [leaf.value for leaf in leaves]))
+    with ThreadPoolExecutor() as pool:  # NumPy's loops run side by side
+        return jax.device_put(_nested(leaves, pool.map(Leaf.dequantize, leaves)))
 
 
 def read(path: str | os.PathLike[str]) -> list[Leaf]:
     """The leaves in a file, of NumPy's arrays; raises as `load`."""
     raw = Path(path).read_bytes()
     try:
-        return decode(raw)
+        leaves = decode(raw)
+        for leaf in leaves:
+            _check_precision(leaf)
+        _nested(leaves, leaves)  # they fit into one tree
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
+    return leaves
+
+
+def _nested(leaves: Iterable[Leaf], values: Iterable[Any]) -> Any:
+    """Nested dicts of these values. The keys of each are of one type, so that JAX can sort them."""
+    tree: dict[Any, Any] = {}
+    for leaf, value in zip(leaves, values, strict=True):
+        *above, last = "", *leaf.keys
+        node = tree
+        for key in above:
+            node = _with_room(node, key, leaf).setdefault(key, {})
+        if last in _with_room(node, last, leaf):
+            raise ValueError(f"its leaf {leaf.name!r} is there twice, or holds other ones")
+        node[last] = value
+    return tree.get("", {})
+
+
+def _with_room(node: Any, key: str | int, leaf: Leaf) -> Any:
+    if not isinstance(node, dict) or type(next(iter(node), key)) is not type(key):
+        raise ValueError(f"its leaf {leaf.name!r} lies inside or beside what it cannot")
+    return cast("dict[Any, Any]", node)
 
 
 def _cast(array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
@@ -179,10 +195,10 @@ def _warn_of_difference(
         )
 
 
-def _check_precision(path: str | os.PathLike[str], leaf: Leaf) -> None:
+def _check_precision(leaf: Leaf) -> None:
     dtype = jnp.dtype(leaf.value.dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"{os.fspath(path)}: {leaf.name!r} is of {dtype}, which JAX has only with "
-            "jax_enable_x64; set it, or save a network of narrower weights."
+            f"its leaf {leaf.name!r} is of {dtype}, which JAX has only with jax_enable_x64; "
+            "set it, or save a network of narrower weights"
         )

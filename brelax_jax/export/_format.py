@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brelax_jax.export._optional import optional
-from brelax_jax.export._packing import Packed, codes_of_symbols, layout, unpack_symbols
+from brelax_jax.export._packing import Packed, codes_of_symbols, layout, unpack_rows
 from brelax_jax.sets import FLOATS, Granularity, PerBlock, PerChannel, PerTensor, ScaledLevels
+from brelax_jax.sets._levels import are_consecutive
 
 VERSION = 1
 KEY = "brelax_jax"  # of the header's metadata
+ALIGNMENT = 64  # bytes
 NO_SUM = "0" * 64  # in the place of the checksum while it is taken
 DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
@@ -58,23 +60,36 @@ class Leaf:
         """The weights, by NumPy: there is nothing to compile for each shape."""
         if self.granularity is None:
             return self.value
-        packed, symbols = self.value, symbols_of(self.value)
-        codes = codes_of_symbols(symbols, len(packed.magnitudes) - 1, packed.has_zero)
-        magnitudes = np.array(packed.magnitudes, packed.scale.dtype)
-        table = np.concatenate([magnitudes, -magnitudes[:0:-1]])  # code −1 is the last entry
-        groups = self.granularity.groups(packed.shape)
-        w = table[codes].reshape(groups.view)
+        packed, groups = self.value, self.granularity.groups(self.value.shape)
+        w = _at_unit_scale(packed).reshape(groups.view)
         w *= packed.scale.reshape(groups.scale_view)
         if packed.spacing is not None:
             spacing = packed.spacing.reshape(groups.scale_view)
             w = np.round(w * (1 / spacing)) * spacing
-        w += 0  # no −0
+        if packed.spacing is not None or packed.scale.min() < np.finfo(packed.scale.dtype).tiny:
+            w += 0  # no −0
         return w.reshape(packed.shape).astype(packed.dtype, copy=False)
 
 
 def symbols_of(packed: Packed) -> NumPyArray:
     """The index of each weight's level, of one axis."""
-    return unpack_symbols(packed.data, math.prod(packed.shape), packed.levels, np)
+    count = math.prod(packed.shape)
+    return np.concatenate(unpack_rows(packed.data, count, packed.levels))[:count]
+
+
+def _at_unit_scale(packed: Packed) -> NumPyArray:
+    """Each weight's level, of one axis, in memory that JAX on the CPU takes over without a copy."""
+    count, most, dtype = math.prod(packed.shape), len(packed.magnitudes) - 1, packed.scale.dtype
+    rows, _, size = layout(count, packed.levels)
+    memory = np.empty(rows * size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    w = memory[start : start + rows * size * dtype.itemsize].view(dtype).reshape(rows, size)
+    magnitudes = np.array(packed.magnitudes, dtype)
+    table = np.concatenate([magnitudes, -magnitudes[:0:-1]])  # code −1 is the last entry
+    for row, symbols in zip(w, unpack_rows(packed.data, count, packed.levels), strict=True):
+        codes = codes_of_symbols(symbols, most, packed.has_zero)
+        row[:] = codes if are_consecutive(packed.magnitudes) else table[codes]
+    return w.reshape(-1)[:count]
 
 
 def encode(leaves: Sequence[Leaf]) -> bytes:

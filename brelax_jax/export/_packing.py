@@ -41,16 +41,17 @@ def pack_symbols(symbols: Any, levels: int, xp: Any = jnp) -> Any:
     )
 
 
-def unpack_symbols(data: Any, count: int, levels: int, xp: Any = jnp) -> Any:
-    """The first `count` of the symbols that `pack_symbols` made these bytes of."""
+def unpack_rows(data: Any, count: int, levels: int) -> list[Any]:
+    """The rows of symbols that `pack_symbols` made these bytes of."""
     rows, planes, size = layout(count, levels)
     if levels == 3:
         quotients = [data // 3**k for k in range(rows + 1)]
-        values = [low - 3 * high for low, high in itertools.pairwise(quotients)]
-    else:
-        plane = data.reshape(planes, size)
-        values = [sum((plane[j] >> k & 1) << j for j in range(planes)) for k in range(rows)]
-    return xp.concatenate(values)[:count]
+        return [low - 3 * high for low, high in itertools.pairwise(quotients)]
+    first, *others = data.reshape(planes, size)
+    symbols = [first >> k & 1 for k in range(rows)]
+    for j, plane in enumerate(others, start=1):
+        symbols = [row | (plane >> k & 1) << j for k, row in enumerate(symbols)]
+    return symbols
 
 
 def symbols_of(codes: Any, most: int, has_zero: bool) -> Any:
@@ -199,7 +200,8 @@ _pack = jax.jit(pack_leaf)
 def _unpack(packed: Packed) -> Quantized:
     # A constant behind the barrier is not unpacked by the compiler, so a program stays as small.
     data = lax.optimization_barrier(packed.data)
-    symbols = unpack_symbols(data, math.prod(packed.shape), packed.levels)
+    count = math.prod(packed.shape)
+    symbols = jnp.concatenate(unpack_rows(data, count, packed.levels))[:count]
     codes = codes_of_symbols(symbols, len(packed.magnitudes) - 1, packed.has_zero)
     return Quantized(
         codes.reshape(packed.shape),

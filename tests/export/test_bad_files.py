@@ -49,10 +49,11 @@ def doubled():
     return sealed({**header, "leaves": [*header["leaves"], header["leaves"][0]]})
 
 
-def inside():
+def renamed(*path):
+    """A file in which the bias has another path."""
     header, sealed = header_of(file())
-    header["leaves"][BIAS]["path"] = ["conv"]
-    return sealed(header, {"conv": tensor_of("bias"), "bias": None})
+    header["leaves"][BIAS]["path"] = path
+    return sealed(header, {"/".join(path): tensor_of("bias"), "bias": None})
 
 
 SIZE = int.from_bytes(file()[:8], "little")
@@ -72,7 +73,9 @@ CASES = {
     "a path of objects": (lambda: changed(BIAS, path=[{}]), "not of strings and integers"),
     "a leaf of no tensor": (lambda: changed(BIAS, path=["b"]), "no tensor 'b'"),
     "a leaf twice": (doubled, "no tensor 'conv/kernel:codes', or two"),
-    "a leaf inside a leaf": (inside, "lies inside another"),
+    "a leaf around a leaf": (lambda: renamed("conv"), "is there twice, or holds other ones"),
+    "a leaf inside a leaf": (lambda: renamed("conv", "kernel", "b"), "lies inside or beside"),
+    "keys of two types": (lambda: renamed("layers", "b"), "lies inside or beside"),
     "a tensor of no leaf": (lambda: with_header(leaves=[]), "belong to no leaf"),
     "a shape of more": (lambda: changed(BINARY, shape=[2**40, 2**40]), "take .* bytes, but"),
     "a shape of less": (lambda: changed(BINARY, shape=[1, 4]), "take 1 bytes, but"),
