@@ -4,7 +4,6 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,10 +99,8 @@ def load(path: str | os.PathLike[str], packed: bool = False) -> Any:
       ModuleNotFoundError: as `save`.
     """
     leaves = read(path)
-    if packed:
-        return jax.device_put(_nested(leaves, [leaf.value for leaf in leaves]))
-    with ThreadPoolExecutor() as pool:  # NumPy's loops run side by side
-        return jax.device_put(_nested(leaves, pool.map(Leaf.dequantize, leaves)))
+    values = [leaf.value if packed else leaf.dequantize() for leaf in leaves]
+    return jax.device_put(_nested(leaves, values))
 
 
 def read(path: str | os.PathLike[str]) -> list[Leaf]:

@@ -56,14 +56,14 @@ def unpack_rows(data: Any, count: int, levels: int) -> list[Any]:
 
 def symbols_of(codes: Any, most: int, has_zero: bool) -> Any:
     """Codes from −most to most as symbols; without a level 0 no code is 0."""
-    above = 0 if has_zero else (codes > 0).astype("int8")
-    return (codes - above + most).astype("uint8")  # what int8 lost at most wraps back
+    above = 0 if has_zero else (codes > 0).view("int8")
+    return (codes - above + most).view("uint8")  # what int8 lost at most wraps back
 
 
 def codes_of_symbols(symbols: Any, most: int, has_zero: bool) -> Any:
     """The inverse of `symbols_of`."""
-    above = 0 if has_zero else (symbols >= most).astype("int8")
-    return symbols.astype("int8") - most + above
+    above = 0 if has_zero else (symbols >= most).view("int8")
+    return symbols.view("int8") - most + above
 
 
 @functools.partial(
