@@ -201,8 +201,9 @@ def _unpack(packed: Packed) -> Quantized:
     # A constant behind the barrier is not unpacked by the compiler, so a program stays as small.
     data = lax.optimization_barrier(packed.data)
     count = math.prod(packed.shape)
-    symbols = jnp.concatenate(unpack_rows(data, count, packed.levels))[:count]
-    codes = codes_of_symbols(symbols, len(packed.magnitudes) - 1, packed.has_zero)
+    most = len(packed.magnitudes) - 1
+    rows = unpack_rows(data, count, packed.levels)
+    codes = jnp.concatenate([codes_of_symbols(row, most, packed.has_zero) for row in rows])[:count]
     return Quantized(
         codes.reshape(packed.shape),
         packed.scale,
