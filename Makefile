@@ -36,6 +36,7 @@ types: $(VENV)/.installed
 bench: $(VENV)/.installed  ## ratios of the times of projections, updates and steps, measured in one run
 	$(BIN)/python -m benchmarks.projections
 	$(BIN)/python -m benchmarks.updates
+	$(BIN)/python -m benchmarks.export
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

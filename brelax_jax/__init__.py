@@ -1,7 +1,8 @@
 """BinaryRelax for Optax: train networks whose weights end up exactly on quantized sets.
 
 Data flows one way: which leaves (`select`) → where they must land (the sets) → how hard they are
-pulled (the proximal maps, the continuation schedules) → the Optax face (`binary_relax`).
+pulled (the proximal maps, the continuation schedules) → the Optax face (`binary_relax`) → what
+leaves (`save`, `pack`, `export`).
 """
 
 from brelax_jax import formats as formats
@@ -22,6 +23,11 @@ from brelax_jax._schedules import linear_continuation as linear_continuation
 from brelax_jax._schedules import sigmoid_continuation as sigmoid_continuation
 from brelax_jax._select import Selection as Selection
 from brelax_jax._select import select as select
+from brelax_jax.export import Packed as Packed
+from brelax_jax.export import dequantize as dequantize
+from brelax_jax.export import load as load
+from brelax_jax.export import pack as pack
+from brelax_jax.export import save as save
 from brelax_jax.sets import Binary as Binary
 from brelax_jax.sets import Fixed as Fixed
 from brelax_jax.sets import LeastSquares as LeastSquares

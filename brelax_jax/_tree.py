@@ -16,9 +16,17 @@ T = TypeVar("T")
 
 def path_of(keys: tuple[Any, ...]) -> str:
     """A key path as 'a/b/c', without the `.value` that Flax NNX's variables add at `init` only."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+    return jax.tree_util.keystr(_without_value(keys), simple=True, separator="/")
+
+
+def keys_of(keys: tuple[Any, ...]) -> tuple[str | int, ...]:
+    """The parts of `path_of`: integers for places in sequences and integer keys of dicts."""
+    places = [(key, getattr(key, "key", getattr(key, "idx", None))) for key in _without_value(keys)]
+    return tuple(place if type(place) is int else path_of((key,)) for key, place in places)
+
+
+def _without_value(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    return keys[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else keys
 
 
 def leaves_with_paths(

@@ -212,7 +212,8 @@ class QuantizedSet:
 def _quantize(qset: QuantizedSet, w: Array) -> Quantized:
     fit = fit_finely(qset, w)
     codes = qset.codes(w, fit).astype(jnp.int8)
-    return Quantized(codes, fit.scale, qset.table, jnp.dtype(w.dtype))
+    has_zero = qset.magnitudes[0] == 0
+    return Quantized(codes, fit.scale, qset.table, jnp.dtype(w.dtype), has_zero=has_zero)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ from brelax_jax.sets._levels import at_index
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scale", "spacing"],
-    meta_fields=["magnitudes", "dtype"],
+    meta_fields=["magnitudes", "dtype", "has_zero"],
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -38,6 +38,7 @@ class Quantized:
       dtype: the weight's dtype.
       spacing: as `scale`, the distance of the points to which weights are rounded; None for no
         rounding. Params in training are, where the levels are no integers.
+      has_zero: whether 0 is a level, so that a code may be 0.
     """
 
     codes: Array
@@ -45,6 +46,7 @@ class Quantized:
     magnitudes: tuple[float, ...]
     dtype: DTypeLike
     spacing: Array | None = None
+    has_zero: bool = True
 
     def dequantize(self) -> Array:
         """The weights, of the codes' shape and of `dtype`.

@@ -158,7 +158,8 @@ def coded_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, fit: Fit) -> Quan
     """`quantized_leaf` as codes and scales."""
     codes = qset.codes(y, fit).astype(jnp.int8)
     spacing = None if has_exact_levels(qset) else grid_of(fit.scale, qset, dtype).spacing
-    return Quantized(codes, fit.scale, qset.table, jnp.dtype(dtype), spacing)
+    has_zero = qset.magnitudes[0] == 0
+    return Quantized(codes, fit.scale, qset.table, jnp.dtype(dtype), spacing, has_zero)
 
 
 @functools.partial(jax.jit, static_argnums=0)

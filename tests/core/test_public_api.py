@@ -54,6 +54,11 @@ NAMES = [
     "quantized_params",
     "strength",
     "with_float_params",
+    "Packed",
+    "dequantize",
+    "load",
+    "pack",
+    "save",
 ]
 
 VALUES = [
@@ -125,4 +130,5 @@ def test_the_core_imports_only_what_it_needs():
     modules = set(run.stdout.split())
     assert {"brelax_jax", "jax", "optax", "numpy"} <= modules
     extras = {"flax", "orbax", "tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "tqdm"}
+    extras |= {"safetensors", "onnx", "gguf"}
     assert not modules & extras

@@ -1,0 +1,29 @@
+"""`python -m brelax_jax info FILE`: what is in a file of a quantized network."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from brelax_jax.export._report import report, table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m brelax_jax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="show the layers of a file, their sets and sizes")
+    info.add_argument("file", metavar="FILE", help="what brelax_jax.save wrote")
+    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    asked = parser.parse_args(arguments)
+    try:
+        found = report(asked.file)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found, indent=2) if asked.json else table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
