@@ -57,4 +57,4 @@ from brelax_jax.transforms import with_float_params as with_float_params
 from brelax_jax.transforms import with_rules as with_rules
 
 __version__ = "0.1.0"
-__revision__ = 2  # of the algorithm: raised when the same settings train to other weights
+__revision__ = 1  # of the algorithm: raised when the same settings train to other weights

@@ -1,7 +1,8 @@
 """Sets by the names of the deployment formats that hold them: train on one, export to it.
 
-A format here is levels, a granularity and a scale dtype in one word. Kernels are (in, out) as Flax
-keeps them, so blocks lie along axis 0 unless told; rows of a format's file are a kernel's columns.
+A format here is levels, a granularity and a scale dtype in one word. Flax keeps kernels as
+(…, in, out), so blocks lie along the last axis but one unless told. Rows of a format's file are a
+kernel's columns.
 
     optimizer = brx.binary_relax(base, brx.formats.q4_0(), lam=…)
 
@@ -29,7 +30,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of four-bit fl
 BEST = LeastSquares()
 
 
-def q4_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def q4_0(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """llama.cpp's Q4_0: integers from −7 to 7, blocks of 32, float16 scales; 4.5 bits a weight.
 
     A block is 18 bytes: the scale, then 16 bytes of two codes each. The format has −8 too, which is
@@ -37,12 +38,12 @@ def q4_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
 
     >>> import brelax_jax as brx
     >>> brx.formats.q4_0()
-    Uniform(granularity=PerBlock(size=32, axis=0), scale_dtype='float16', bits=4)
+    Uniform(granularity=PerBlock(size=32, axis=-2), scale_dtype='float16', bits=4)
     """
     return Uniform(4, granularity=PerBlock(32, axis), rule=rule, scale_dtype="float16")
 
 
-def q5_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def q5_0(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """llama.cpp's Q5_0: integers from −15 to 15, blocks of 32, float16 scales; 5.5 bits a weight.
 
     A block is 22 bytes: the scale, 4 bytes of fifth bits, 16 bytes of two codes' other bits each.
@@ -50,7 +51,7 @@ def q5_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
     return Uniform(5, granularity=PerBlock(32, axis), rule=rule, scale_dtype="float16")
 
 
-def q8_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def q8_0(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """llama.cpp's Q8_0: integers from −127 to 127, blocks of 32, float16 scales; 8.5 bits a weight.
 
     A block is 34 bytes: the scale, then one int8 a code.
@@ -58,7 +59,7 @@ def q8_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
     return Uniform(8, granularity=PerBlock(32, axis), rule=rule, scale_dtype="float16")
 
 
-def tq1_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def tq1_0(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """llama.cpp's TQ1_0: ternary, blocks of 256, float16 scales; 1.69 bits a weight.
 
     A block is 54 bytes: five codes a byte as digits of base three, then the scale.
@@ -66,7 +67,7 @@ def tq1_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
     return Ternary(granularity=PerBlock(256, axis), rule=rule, scale_dtype="float16")
 
 
-def tq2_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def tq2_0(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """llama.cpp's TQ2_0: ternary, blocks of 256, float16 scales; 2.06 bits a weight.
 
     A block is 66 bytes: four codes a byte, then the scale.
@@ -74,7 +75,7 @@ def tq2_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
     return Ternary(granularity=PerBlock(256, axis), rule=rule, scale_dtype="float16")
 
 
-def q1_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def q1_0(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """llama.cpp's Q1_0: binary, blocks of 128, float16 scales; 1.125 bits a weight.
 
     A block is 18 bytes: the scale, then eight codes a byte.
@@ -82,7 +83,7 @@ def q1_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
     return Binary(granularity=PerBlock(128, axis), rule=rule, scale_dtype="float16")
 
 
-def q2_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def q2_0(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """llama.cpp's Q2_0: ternary, blocks of 64, float16 scales; 2.25 bits a weight.
 
     A block is 18 bytes: the scale, then four codes a byte.
@@ -90,7 +91,7 @@ def q2_0(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
     return Ternary(granularity=PerBlock(64, axis), rule=rule, scale_dtype="float16")
 
 
-def mxfp4(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
+def mxfp4(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
     """MXFP4: the levels of E2M1, blocks of 32, powers of two as scales; 4.25 bits a weight.
 
     A block is 17 bytes: the exponent of its scale, then 16 bytes of two codes each.
@@ -104,7 +105,7 @@ def mxfp4(axis: int = 0, *, rule: ScaleRule = BEST) -> QuantizedSet:
     )
 
 
-def nvfp4(axis: int = 0, *, factor: float = 1.0, rule: ScaleRule = BEST) -> QuantizedSet:
+def nvfp4(axis: int = -2, *, factor: float = 1.0, rule: ScaleRule = BEST) -> QuantizedSet:
     """NVFP4: the levels of E2M1, blocks of 16, scales of E4M3 times one factor; 4.5 bits a weight.
 
     Scales of E4M3 are from 2⁻⁶ to 448. For weights below about 0.05 choose a smaller factor, such

@@ -127,17 +127,20 @@ def searched_scale(magnitudes: Sequence[float], weights: Weights) -> Array:
 
 def problem_of(magnitudes: Sequence[float], weights: Weights, peak: Array) -> Problem:
     """The problem for weights with this largest magnitude in each group."""
-    unit = Unit.of(peak, weights.allowed)
-    a = jnp.abs(weights.w * unit.inverse)
+    if weights.allowed is None:
+        unit = Unit(jnp.where(peak > 0, peak, 1), None)
+    else:
+        unit = Unit.of(peak, weights.allowed)
+    a = unit.divided(jnp.abs(weights.w))
     energy = weights.group.sum(jnp.square(a))
     none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
     least = jnp.full_like(energy, TOLERANCE)
     goal = Goal(energy, none, least)
-    problem = Problem(a, peak * unit.inverse, magnitudes, weights.group, unit, goal)
+    problem = Problem(a, unit.divided(peak), magnitudes, weights.group, unit, goal)
     if weights.kept is None:
         return problem
     is_known = weights.kept > 0  # not in the first step
-    kept = unit.nearest(problem.refitted(weights.kept * unit.inverse))
+    kept = unit.nearest(problem.refitted(unit.divided(weights.kept)))
     tolerance = jnp.maximum(least, jnp.where(is_known, weights.tolerance, 0))
     goal = Goal(energy, problem.known(jnp.where(is_known, kept, jnp.nan)), tolerance)
     return problem._replace(goal=goal)

@@ -57,7 +57,7 @@ def _scales(magnitudes: Sequence[float], weights: Weights) -> Array:
         rows[i], rows[j] = jnp.maximum(rows[i], rows[j]), jnp.minimum(rows[i], rows[j])
     peak = rows[0]
     unit = Unit.of(peak, weights.allowed)
-    rows = [row * unit.inverse for row in rows]
+    rows = list(map(unit.divided, rows))
 
     def nearest(scale: Array) -> Array:
         """The nearest point m·s to which entries may be rounded."""
@@ -65,7 +65,7 @@ def _scales(magnitudes: Sequence[float], weights: Weights) -> Array:
 
     scale, error = _best(rows, nearest)
     if kept is not None:
-        again, its_error = _refitted(rows, kept * (magnitudes[1] * unit.inverse), nearest)
+        again, its_error = _refitted(rows, unit.divided(kept) * magnitudes[1], nearest)
         energy = _sum(list(map(jnp.square, rows)))
         goal = (1 - max(weights.tolerance, TOLERANCE)) * its_error - FLOOR * energy
         scale = jnp.where((kept > 0) & (error >= goal), again, scale)

@@ -217,7 +217,7 @@ class Part(NamedTuple):
 
     def each(self, function: Callable[..., Array], *numbers: Array) -> Array:
         """function(a, group, its numbers…) of each array, whose magnitudes of weights are a."""
-        given = (self.unit.inverse, *numbers)
+        given = (1 / self.unit.unit, *numbers)
         if numbers:  # else XLA would compute `a` before the loop and keep it
             given = lax.optimization_barrier(given)
         pieces = zip(*map(self.layout.split, given), strict=True)
@@ -235,7 +235,7 @@ class Part(NamedTuple):
 
     def bounds(self) -> tuple[Array, Array]:
         mean = self.each(lambda a, group: group.mean(a))
-        return bounds(self.magnitudes, mean, self.peak * self.unit.inverse, self.unit)
+        return bounds(self.magnitudes, mean, self.unit.divided(self.peak), self.unit)
 
     def goal(self) -> Goal:
         energy = self.each(lambda a, group: group.sum(jnp.square(a)))
@@ -246,7 +246,7 @@ class Part(NamedTuple):
         last = self.layout.join([x.kept for x in self.arrays if x.kept is not None])
         given = zip(self.arrays, self.layout.split(least), strict=True)
         tolerance = self.layout.join([jnp.maximum(most, x.tolerance) for x, most in given])
-        scale = self.unit.nearest(self.refitted(last * self.unit.inverse))
+        scale = self.unit.nearest(self.refitted(self.unit.divided(last)))
         is_known = last > 0  # not in the first step
         kept = self.known(jnp.where(is_known, scale, 1)[None])[:, 0]
         return Goal(energy, jnp.where(is_known, kept, none), jnp.where(is_known, tolerance, least))

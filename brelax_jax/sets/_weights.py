@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index
+from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index, shift_of
 from brelax_jax.sets._scale_dtype import Scales
 
 ROUNDED = 3  # beyond so many consecutive magnitudes, multiplying by one reciprocal is faster
@@ -36,13 +36,13 @@ class Unit(NamedTuple):
     """What the weights of each group are divided by.
 
     Attributes:
-      unit: a power of two near the largest magnitude, so that dividing is exact.
-      inverse: one over it.
+      unit: a power of two near the largest magnitude, so that dividing is exact; or that magnitude.
+      inverse: one over it; None where it is no power of two.
       allowed: the scales that there are; None for all.
     """
 
     unit: Array
-    inverse: Array
+    inverse: Array | None
     allowed: Scales | None = None
 
     @staticmethod
@@ -55,17 +55,24 @@ class Unit(NamedTuple):
         unit = jnp.where(peak > 0, jnp.clip(leading, info.tiny, 1 / float(info.tiny)), 1)
         return Unit(unit, 1 / unit, allowed)
 
+    def divided(self, x: Array) -> Array:
+        """x in units."""
+        if self.inverse is not None:
+            return x * self.inverse
+        shift = shift_of(self.unit)
+        return (x * shift) / (self.unit * shift)
+
     def at_most(self, scale: Array) -> Array:
         """The largest scale that there is up to this one, in units."""
         if self.allowed is None:
             return scale
-        return self.allowed.at_most(scale * self.unit) * self.inverse
+        return self.divided(self.allowed.at_most(scale * self.unit))
 
     def nearest(self, scale: Array) -> Array:
         """The nearest scale that there is, in units."""
         if self.allowed is None:
             return scale
-        return self.allowed.nearest(scale * self.unit) * self.inverse
+        return self.divided(self.allowed.nearest(scale * self.unit))
 
     def after(self, scale: Array) -> Array:
         """The scale after which a search goes on: the next one, or one that is far enough off for
@@ -73,7 +80,7 @@ class Unit(NamedTuple):
         """
         if self.allowed is None:
             return scale * (1 + 4 * jnp.finfo(scale.dtype).eps)
-        return self.allowed.after(scale * self.unit) * self.inverse
+        return self.divided(self.allowed.after(scale * self.unit))
 
     def scales(self, best: Array, peak: Array) -> Array:
         """The scales of the weights, from the best ones in units."""
