@@ -57,6 +57,36 @@ JUMP = 14
 NEVER = 10**6
 
 
+class Whole(NamedTuple):
+    """In the place of a width: every set, in one dtype and granularity."""
+
+    dtype: str
+    per: str
+    shift: int  # which leaf has which optimizer
+
+
+def leaves_of(width, form):
+    """Name → (set, dtype): each set in one granularity, by turns, so that it is in every one in
+    some form and width. The 16-bit dtypes take turns too. The hardest leaf comes on top.
+    """
+    if isinstance(width, Whole):
+        names = [f"{name}-{width.per}" for name in SETS]
+        return {name: (LEAVES[name], width.dtype) for name in names}
+    turn = 2 * FORMS.index(form) + WIDTHS.index(width)
+    leaves = {}
+    for i, name in enumerate(SETS):
+        dtype = "float32" if width == 32 else ("bfloat16", "float16")[(i + turn // 2) % 2]
+        for j, per in enumerate(GRANULARITIES):
+            if (j - i) % 3 == turn % 3:
+                leaves[f"{name}-{per}"] = LEAVES[f"{name}-{per}"], dtype
+    if (width, form) == (16, "chain"):
+        leaves["uniform8-block"] = LEAVES["uniform8-block"], "bfloat16"
+    return leaves
+
+
+IN_FLOAT32 = {name: form for form in FORMS for name in leaves_of(32, form)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """How the weights move.
@@ -164,10 +194,13 @@ def test_jumps_of_the_scale_are_exact_in_the_same_step(width, form, direction):
 @pytest.mark.parametrize(
     "case", [CASES["hard from 8"], CASES["hard from 8, heavy tails"]], ids=["normal", "heavy"]
 )
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.soak] * (name not in IN_FLOAT32)) for name in LEAVES],
+)
 def test_quantized_params_are_the_projection_of_the_float_params(name, case):
-    form = "wrapper" if name in leaves_of(32, "wrapper") else "chain"
-    qset, trace = LEAVES[name], run(32, form, case)
+    width = 32 if name in IN_FLOAT32 else Whole("float32", per=name.split("-")[1], shift=0)
+    qset, trace = LEAVES[name], run(width, IN_FLOAT32.get(name, "wrapper"), case)
     levels = np.array(qset.levels)
     # The grid keeps this much of a scale; sums in float32 come on top.
     top = 1 + np.ceil(np.log2(levels[-1]))
@@ -214,36 +247,6 @@ FORM = {
     "wrapper": brx.binary_relax,
     "chain": lambda base, *args: optax.chain(base, brx.relax_params(*args)),
 }
-
-
-class Whole(NamedTuple):
-    """In the place of a width: every set, in one dtype and granularity."""
-
-    dtype: str
-    per: str
-    shift: int  # which leaf has which optimizer
-
-
-def leaves_of(width, form):
-    """Name → (set, dtype): each set in one granularity, by turns; for the float32 wrapper in two.
-
-    So float32 has every set in every granularity. The 16-bit dtypes take turns too. The hardest
-    leaf comes on top.
-    """
-    if isinstance(width, Whole):
-        names = [f"{name}-{width.per}" for name in SETS]
-        return {name: (LEAVES[name], width.dtype) for name in names}
-    turn = 2 * FORMS.index(form) + WIDTHS.index(width)
-    turns = {turn % 3, (turn + 1) % 3} if (width, form) == (32, "wrapper") else {turn % 3}
-    leaves = {}
-    for i, name in enumerate(SETS):
-        dtype = "float32" if width == 32 else ("bfloat16", "float16")[(i + turn // 2) % 2]
-        for j, per in enumerate(GRANULARITIES):
-            if (j - i) % 3 in turns:
-                leaves[f"{name}-{per}"] = LEAVES[f"{name}-{per}"], dtype
-    if (width, form) == (16, "chain"):
-        leaves["uniform8-block"] = LEAVES["uniform8-block"], "bfloat16"
-    return leaves
 
 
 def transformation(width, form, rate, infinite_from, hard_from):
