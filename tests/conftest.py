@@ -14,9 +14,10 @@ from tests.helpers import quick
 quick.install()
 
 SLOWEST = (
-    "test_on_eight_devices", "test_exactness", "test_resume", "test_sets", "test_training_mesh",
-    "test_examples", "test_transformations", "test_accuracy", "test_distributed", "test_precision",
-    "test_optimality", "test_exactness_loops", "test_bases", "test_wrappers", "test_transforms",
+    "test_on_eight_devices", "test_exactness", "test_resume", "test_training_mesh",
+    "test_transformations", "test_exactness_loops", "test_examples", "test_accuracy",
+    "test_distributed", "test_bases", "test_sets", "test_tree_tools", "test_optimality",
+    "test_experiments", "test_fuzz", "test_wrappers",
 )  # fmt: skip
 
 
