@@ -14,9 +14,10 @@ from tests.helpers import quick
 quick.install()
 
 SLOWEST = (
-    "test_on_eight_devices", "test_exactness", "test_resume", "test_sets", "test_training_mesh",
-    "test_examples", "test_transformations", "test_accuracy", "test_distributed", "test_precision",
-    "test_optimality", "test_exactness_loops", "test_bases", "test_wrappers", "test_transforms",
+    "test_on_eight_devices", "test_exactness", "test_resume", "test_training_mesh",
+    "test_transformations", "test_exactness_loops", "test_examples", "test_accuracy",
+    "test_distributed", "test_bases", "test_sets", "test_tree_tools", "test_optimality",
+    "test_experiments", "test_fuzz", "test_wrappers",
 )  # fmt: skip
 
 
@@ -56,11 +57,14 @@ def compiled_programs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quickly_compiled(compiled_programs):
-    """As `compiled_programs`, but programs are compiled with few optimizations: for tests of what a
-    program does, whose runs are so short that optimizing takes longer than it saves. The numerics
-    are tested elsewhere.
+def quickly_compiled(compiled_programs, request):
+    """As `compiled_programs`, but programs are compiled with few optimizations: for runs so short
+    that optimizing takes longer than it saves, and whose numbers are compared to a tolerance. The
+    longer ones of `make soak` are optimized.
     """
+    if request.config.option.markexpr == "soak":
+        yield compiled_programs
+        return
     with configured(jax_disable_most_optimizations=True):
         yield compiled_programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
     jax.clear_caches()  # they do not tell the two kinds apart

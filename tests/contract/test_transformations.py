@@ -231,7 +231,7 @@ def check_metrics_shapes(after, tree, tracks):
         assert (leaf.flips is not None) == tracks
 
 
-def check_shapes(name, rules, tree):
+def check_shapes(name, rules, tree, with_metrics=True):
     optimizer = TRANSFORMATIONS[name](rules)
     state = jax.eval_shape(optimizer.init, tree)
     updates, after = jax.eval_shape(optimizer.update, tree, state, tree)
@@ -242,15 +242,17 @@ def check_shapes(name, rules, tree):
     floats = jax.eval_shape(brx.float_params, after, tree)
     chex.assert_trees_all_equal_shapes(floats, tree)
     assert kinds(jax.eval_shape(brx.with_float_params, after, tree)) == kinds(state)
-    check_metrics_shapes(after, tree, name == "binary_relax")
+    if with_metrics:
+        check_metrics_shapes(after, tree, name == "binary_relax")
 
 
 @every_transformation
 @pytest.mark.parametrize("tree", TREES)
 def test_every_tree(name, tree):
-    """The sets take turns: tracing all of them would take minutes."""
+    """The sets take turns, and every other turn reads metrics: all of them would take minutes."""
     turn = list(TREES).index(tree) + list(TRANSFORMATIONS).index(name)
-    check_shapes(name, list(SETS.values())[turn % len(SETS)], TREES[tree])
+    qset = list(SETS.values())[turn % len(SETS)]
+    check_shapes(name, qset, TREES[tree], with_metrics=turn % 2 == 0)
 
 
 @pytest.mark.soak

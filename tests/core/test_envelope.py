@@ -10,6 +10,8 @@ import pytest
 import brelax_jax as brx
 from tests.helpers import oracles
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SHAPE = (8, 6)
 SETS = {
     "binary": brx.Binary(),

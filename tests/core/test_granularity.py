@@ -8,6 +8,8 @@ import pytest
 import brelax_jax as brx
 from tests.helpers import oracles
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CASES = [
     (brx.PerTensor(), (), lambda shape: [((), ())]),
     (brx.PerTensor(), (5,), lambda shape: oracles.channel_groups(shape, ())),

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import brelax_jax as brx
 from tests.helpers import oracles
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 EXCESS = 1e-6  # of the least error
 ROUNDING = 1e-12  # of the sum of squares: that of the float32 entries themselves
 SETS = {

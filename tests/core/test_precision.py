@@ -12,6 +12,8 @@ import brelax_jax as brx
 from tests.helpers import quick
 from tests.helpers.training import normal, trace_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 BINARY = brx.Binary()
 FORMS = {
     "wrapper": brx.binary_relax,

@@ -11,6 +11,8 @@ import pytest
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SETS = [
     brx.Binary(),
     brx.Ternary(granularity=brx.PerChannel()),

@@ -13,6 +13,8 @@ import pytest
 import brelax_jax as brx
 from tests.helpers import oracles
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SHAPE = (8, 2, 16)  # one shape for most tests, so that each set and granularity compiles once
 
 GRANULARITIES = {

@@ -15,6 +15,8 @@ import pytest
 import brelax_jax as brx
 from tests.helpers import quick
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SETS = {"binary": brx.Binary(), "ternary": brx.Ternary()}
 STEPS, RATE = 400, 0.25  # a rate below 1/L, which is 0.3 in the example
 

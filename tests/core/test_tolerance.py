@@ -12,6 +12,8 @@ import brelax_jax as brx
 from brelax_jax.sets import Fit
 from tests.helpers import oracles
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TOLERANCE = 0.01
 SETS = {
     "ternary": brx.Ternary(granularity=brx.PerChannel(), rule=brx.LeastSquares(TOLERANCE)),

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import brelax_jax as brx
 from tests.helpers import meshes, quick
 
-SHAPE = (3, 3, 32, 64)
+SHAPE = (1, 3, 32, 16)
 SETS = {
     "binary": brx.Binary(),
     "binary-channel": brx.Binary(granularity=brx.PerChannel()),

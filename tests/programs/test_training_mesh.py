@@ -1,7 +1,7 @@
 """The training program on a mesh of devices: eight that the machine pretends to have.
 
-JAX fixes their number when it starts, so a process trains on eight, another goes on with four and
-with two, and this one with one.
+JAX fixes their number when it starts, so a process trains on eight, another goes on with four (in
+`make soak` one more with two of four), and this one with one.
 """
 
 import functools
@@ -28,13 +28,13 @@ SETTINGS = [
     *("--epochs=2", "--batch=32", "--train-examples=96", "--statistics-batches=2"),
 ]
 RUN = "BRELAX_RUN_ON_EIGHT"
-MESHES = ["1x1"] if jax.device_count() == 1 else ["1x4", "2x1"]
+MESH = "BRELAX_MESH_TO_GO_ON_WITH"
 
 
-def process(devices: int, out: Path) -> None:
+def process(devices: int, out: Path, mesh: str = "1x1") -> None:
     """Runs these tests where there are so many devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environ = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", RUN: str(out)}
+    environ = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", RUN: str(out), MESH: mesh}
     options = ["-q", "-n0", "-p", "no:cacheprovider", __file__]
     status = forked.run(out.parent, pytest.main, options, **environ)
     assert status == 0, (out.parent / "printed").read_text()[-5000:]
@@ -76,7 +76,7 @@ def arrays(tree) -> dict[str, np.ndarray]:
 
 if jax.device_count() < 8:
 
-    @pytest.mark.parametrize("mesh", MESHES)
+    @pytest.mark.parametrize("mesh", [os.environ.get(MESH, "1x1")])
     def test_a_run_on_eight_devices_goes_on_with_fewer(mesh, on_eight, tmp_path):
         expected, trainer = np.load(on_eight / "arrays.npz"), trainer_on(mesh)
         for name, found in arrays(restored(trainer, on_eight)).items():
@@ -94,8 +94,9 @@ if jax.device_count() < 8:
 
 if jax.device_count() == 1:
 
-    def test_with_four_and_with_two(on_eight):
-        process(4, on_eight)
+    @pytest.mark.parametrize("mesh", ["1x4", pytest.param("2x1", marks=pytest.mark.soak)])
+    def test_with_four(mesh, on_eight):
+        process(4, on_eight, mesh)
 
     def test_the_program_goes_on_with_one(on_eight, tmp_path):
         out = tmp_path / "run"

@@ -1,5 +1,5 @@
 """In phase II every scale group holds at most |L| distinct values, bit for bit, after plain
-`apply_updates`.
+`apply_updates`; phase I is not rounded.
 
 Compilation dominates these tests: one program holds a leaf for each set and granularity, in every
 width and form, and serves every case, whose numbers are its arguments.
@@ -20,6 +20,7 @@ import pytest
 import brelax_jax as brx
 from tests.helpers import oracles
 from tests.helpers.exactness import bits, fresh_state, grouped, rules
+from tests.helpers.training import normal, traces_of
 
 SETS = {
     "binary": brx.Binary(),
@@ -55,6 +56,36 @@ SHAPE = (16, 12)
 STEPS = 19
 JUMP = 14
 NEVER = 10**6
+
+
+class Whole(NamedTuple):
+    """In the place of a width: every set, in one dtype and granularity."""
+
+    dtype: str
+    per: str
+    shift: int  # which leaf has which optimizer
+
+
+def leaves_of(width, form):
+    """Name → (set, dtype): each set in one granularity, by turns, so that it is in every one in
+    some form and width. The 16-bit dtypes take turns too. The hardest leaf comes on top.
+    """
+    if isinstance(width, Whole):
+        names = [f"{name}-{width.per}" for name in SETS]
+        return {name: (LEAVES[name], width.dtype) for name in names}
+    turn = 2 * FORMS.index(form) + WIDTHS.index(width)
+    leaves = {}
+    for i, name in enumerate(SETS):
+        dtype = "float32" if width == 32 else ("bfloat16", "float16")[(i + turn // 2) % 2]
+        for j, per in enumerate(GRANULARITIES):
+            if (j - i) % 3 == turn % 3:
+                leaves[f"{name}-{per}"] = LEAVES[f"{name}-{per}"], dtype
+    if (width, form) == (16, "chain"):
+        leaves["uniform8-block"] = LEAVES["uniform8-block"], "bfloat16"
+    return leaves
+
+
+IN_FLOAT32 = {name: form for form in FORMS for name in leaves_of(32, form)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +195,13 @@ def test_jumps_of_the_scale_are_exact_in_the_same_step(width, form, direction):
 @pytest.mark.parametrize(
     "case", [CASES["hard from 8"], CASES["hard from 8, heavy tails"]], ids=["normal", "heavy"]
 )
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.soak] * (name not in IN_FLOAT32)) for name in LEAVES],
+)
 def test_quantized_params_are_the_projection_of_the_float_params(name, case):
-    form = "wrapper" if name in leaves_of(32, "wrapper") else "chain"
-    qset, trace = LEAVES[name], run(32, form, case)
+    width = 32 if name in IN_FLOAT32 else Whole("float32", per=name.split("-")[1], shift=0)
+    qset, trace = LEAVES[name], run(width, IN_FLOAT32.get(name, "wrapper"), case)
     levels = np.array(qset.levels)
     # The grid keeps this much of a scale; sums in float32 come on top.
     top = 1 + np.ceil(np.log2(levels[-1]))
@@ -210,40 +244,34 @@ def test_quantized_params_do_not_depend_on_compilation(width):
         assert np.array_equal(bits(eager[name]), bits(quantized[name])), name
 
 
+@functools.cache
+def soon_and_never():
+    """(form, hard_from) → trace."""
+    grads = [{"kernel": normal(i, 8, 8)} for i in range(30)]
+    cases = itertools.product(FORMS, (28, None))
+    base = optax.sgd(0.1, 0.9)
+    optimizers = {case: FORM[case[0]](base, brx.Binary(), 0.5, case[1]) for case in cases}
+    return traces_of(optimizers, grads[0], grads)
+
+
+@every_form
+def test_phase_one_is_unrounded_until_eight_updates_before_phase_two(form):
+    soon, never = (soon_and_never()[form, hard_from] for hard_from in (28, None))
+    pairs = [(a["kernel"], b["kernel"]) for (a, _), (b, _) in zip(soon, never, strict=True)]
+    same = [np.array_equal(a, b) for a, b in pairs]
+    assert all(same[:20])
+    assert not any(same[28:])
+    # The last eight differ by rounding, and in the first of them some entries wait for the next.
+    for a, b in pairs[20:28]:
+        close = np.isclose(a, b, rtol=0, atol=2e-5)
+        assert close.mean() > 0.9
+    assert close.all()
+
+
 FORM = {
     "wrapper": brx.binary_relax,
     "chain": lambda base, *args: optax.chain(base, brx.relax_params(*args)),
 }
-
-
-class Whole(NamedTuple):
-    """In the place of a width: every set, in one dtype and granularity."""
-
-    dtype: str
-    per: str
-    shift: int  # which leaf has which optimizer
-
-
-def leaves_of(width, form):
-    """Name → (set, dtype): each set in one granularity, by turns; for the float32 wrapper in two.
-
-    So float32 has every set in every granularity. The 16-bit dtypes take turns too. The hardest
-    leaf comes on top.
-    """
-    if isinstance(width, Whole):
-        names = [f"{name}-{width.per}" for name in SETS]
-        return {name: (LEAVES[name], width.dtype) for name in names}
-    turn = 2 * FORMS.index(form) + WIDTHS.index(width)
-    turns = {turn % 3, (turn + 1) % 3} if (width, form) == (32, "wrapper") else {turn % 3}
-    leaves = {}
-    for i, name in enumerate(SETS):
-        dtype = "float32" if width == 32 else ("bfloat16", "float16")[(i + turn // 2) % 2]
-        for j, per in enumerate(GRANULARITIES):
-            if (j - i) % 3 in turns:
-                leaves[f"{name}-{per}"] = LEAVES[f"{name}-{per}"], dtype
-    if (width, form) == (16, "chain"):
-        leaves["uniform8-block"] = LEAVES["uniform8-block"], "bfloat16"
-    return leaves
 
 
 def transformation(width, form, rate, infinite_from, hard_from):

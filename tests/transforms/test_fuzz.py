@@ -17,6 +17,8 @@ import brelax_jax as brx
 from tests.helpers.exactness import bits, grouped
 from tests.helpers.fuzzing import LAST, MAPS, STEPS, programs, values
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def kinds(tree):
     """What no update may change."""
