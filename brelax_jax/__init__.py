@@ -4,6 +4,7 @@ Data flows one way: which leaves (`select`) → where they must land (the sets) 
 pulled (the proximal maps, the continuation schedules) → the Optax face (`binary_relax`).
 """
 
+from brelax_jax import export as export
 from brelax_jax._envelope import distance as distance
 from brelax_jax._envelope import moreau_envelope as moreau_envelope
 from brelax_jax._envelope import relax as relax

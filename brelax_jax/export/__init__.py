@@ -1,0 +1,4 @@
+"""Exactly quantized networks in the formats that run elsewhere."""
+
+from brelax_jax.export._gguf import gguf_tensor as gguf_tensor
+from brelax_jax.export._gguf import write_gguf as write_gguf

@@ -1,0 +1,30 @@
+"""Kernels on quantized sets, made by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import brelax_jax as brx
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def integers(largest):
+    return tuple(map(float, range(largest + 1)))
+
+
+def quantized(magnitudes, shape, groups, scale_dtype="float32", binary=False, seed=0, dtype=None):
+    """Random codes, and random scales that a dtype can hold; the first one is 0."""
+    rng = np.random.default_rng(seed)
+    least = 1 if binary else 0
+    codes = rng.integers(least, len(magnitudes), shape) * rng.choice([-1, 1], shape)
+    scale = rng.lognormal(-2, 1, groups)
+    scale = scale.astype(jnp.dtype(scale_dtype)).astype(np.float32)
+    if scale.size > 1 and scale_dtype != "float8_e8m0fnu":
+        scale.flat[0] = 0
+    return brx.Quantized(
+        jnp.asarray(codes, jnp.int8), jnp.asarray(scale), magnitudes, dtype or jnp.float32
+    )
+
+
+def bits(w):
+    return np.ascontiguousarray(w, np.float32).view(np.int32)
