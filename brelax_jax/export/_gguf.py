@@ -140,9 +140,10 @@ def gguf_tensor(quantized: Quantized, format: str) -> Bytes:  # noqa: A002
         message names the formats that can.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
-    >>> quantized = brx.Ternary().quantize(jnp.tile(jnp.array([[0.5, -0.5]]), (256, 1)))
-    >>> brx.export.gguf_tensor(quantized, "tq2_0").shape
-    (2, 66)
+    >>> codes, scale = jnp.ones((256, 4), jnp.int8), jnp.full((1, 4), 0.5)
+    >>> ternary = brx.Quantized(codes, scale, magnitudes=(0.0, 1.0), dtype=jnp.float32)
+    >>> brx.export.gguf_tensor(ternary, "tq2_0").shape
+    (4, 66)
 
     References:
       ggml-org/llama.cpp, ggml/src/ggml-common.h and ggml-quants.c.

@@ -2,12 +2,15 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from brelax_jax.sets import Quantized
 
 Floats = NDArray[np.float32]
+
+_dequantize = jax.jit(Quantized.dequantize)  # compiles once a shape, not each operation
 
 
 class Scaled(NamedTuple):
@@ -29,7 +32,7 @@ def scaled(quantized: Quantized) -> Scaled:
 
     Raises:
       TypeError: if `quantized` is no `Quantized`.
-      ValueError: if a scale is negative or not finite.
+      ValueError: if a scale is negative or not finite, or a level is neither whole nor a half.
     """
     if not isinstance(quantized, Quantized):
         raise TypeError(
@@ -44,8 +47,13 @@ def scaled(quantized: Quantized) -> Scaled:
         raise ValueError("the scales of `quantized` must be finite and not negative.")
     if np.any(levels % 1):
         levels, scale = 2 * levels, scale * np.float32(0.5)
+    if np.any(levels % 1):
+        raise ValueError(
+            f"the levels of `quantized` must be whole numbers or halves, got "
+            f"{quantized.magnitudes}; use those of a set such as ScaledLevels((-3, -1, 1, 3))."
+        )
     levels = np.where(expanded(scale, codes.shape) > 0, levels, 0).astype(np.float32)
-    return Scaled(levels, scale, np.asarray(quantized.dequantize()).astype(np.float32))
+    return Scaled(levels, scale, np.asarray(_dequantize(quantized)).astype(np.float32))
 
 
 def expanded(scale: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -12,7 +12,7 @@ def integers(largest):
     return tuple(map(float, range(largest + 1)))
 
 
-def quantized(magnitudes, shape, groups, scale_dtype="float32", binary=False, seed=0, dtype=None):
+def quantized(magnitudes, shape, groups, binary=False, scale_dtype="float32", seed=0, dtype=None):
     """Random codes, and random scales that a dtype can hold; the first one is 0."""
     rng = np.random.default_rng(seed)
     least = 1 if binary else 0
@@ -28,3 +28,12 @@ def quantized(magnitudes, shape, groups, scale_dtype="float32", binary=False, se
 
 def bits(w):
     return np.ascontiguousarray(w, np.float32).view(np.int32)
+
+
+def weights(given):
+    """What codes and scales multiply out to, by NumPy; no −0."""
+    codes, scale = np.asarray(given.codes), np.asarray(given.scale)
+    for axis, (entries, groups) in enumerate(zip(codes.shape, scale.shape, strict=True)):
+        scale = np.repeat(scale, entries // groups, axis)
+    levels = np.sign(codes) * np.array(given.magnitudes, np.float32)[np.abs(codes)]
+    return (levels * scale + 0.0).astype(given.dtype)

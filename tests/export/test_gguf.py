@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
-from tests.export.made import E2M1, bits, integers, quantized
+from tests.export.made import E2M1, bits, integers, quantized, weights
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -30,17 +30,17 @@ CASES = {
 def kernel(name, groups=None, **options):
     magnitudes, block, dtype, binary = CASES[name]
     shape = (IN // block, OUT) if groups is None else groups
-    return quantized(magnitudes, (IN, OUT), shape, dtype, binary, **options)
+    return quantized(magnitudes, (IN, OUT), shape, binary, dtype, **options)
 
 
 def by_ggml(name, content):
     """What llama.cpp's library makes of the bytes."""
     module = pytest.importorskip("xllamacpp.xllamacpp")
     function = getattr(ctypes.CDLL(module.__file__), f"dequantize_row_{name}")
-    weights = np.zeros(OUT * IN, np.float32)
-    pointers = (content.ctypes.data_as(ctypes.c_void_p), weights.ctypes.data_as(ctypes.c_void_p))
-    function(*pointers, ctypes.c_int64(weights.size))
-    return weights.reshape(OUT, IN)
+    result = np.zeros((OUT, IN), np.float32)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (content, result))
+    function(*pointers, ctypes.c_int64(result.size))
+    return result
 
 
 def by_gguf(name, content):
@@ -61,7 +61,7 @@ def test_the_weights_come_back_bit_for_bit(reader, name, groups):
     given = kernel(name, groups)
     content = brx.export.gguf_tensor(given, name)
     assert content.dtype == np.uint8
-    np.testing.assert_array_equal(bits(reader(name, content)), bits(given.dequantize().T))
+    np.testing.assert_array_equal(bits(reader(name, content)), bits(weights(given).T))
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_sets_that_fit(name, qset):
     magnitudes = tuple(sorted({0.0, *(abs(level) for level in qset.levels)}))
     _, block, dtype, _ = CASES[name]
     binary = 0.0 not in qset.levels
-    given = quantized(magnitudes, (IN, OUT), (IN // block, OUT), dtype, binary)
+    given = quantized(magnitudes, (IN, OUT), (IN // block, OUT), binary, dtype)
     content = brx.export.gguf_tensor(given, name)
-    np.testing.assert_array_equal(bits(by_gguf(name, content)), bits(given.dequantize().T))
+    np.testing.assert_array_equal(bits(by_gguf(name, content)), bits(weights(given).T))
 
 
 def test_smallest_and_largest_scales():
@@ -107,7 +107,7 @@ def test_smallest_and_largest_scales():
                 jnp.tile(given.codes, (2, 1)), jnp.tile(given.scale, (2, 1)), magnitudes, "float32"
             )
         content = brx.export.gguf_tensor(given, name)
-        np.testing.assert_array_equal(bits(by_gguf(name, content)), bits(given.dequantize().T))
+        np.testing.assert_array_equal(bits(by_gguf(name, content)), bits(weights(given).T))
 
 
 def test_what_a_format_cannot_hold_is_refused():
@@ -117,25 +117,27 @@ def test_what_a_format_cannot_hold_is_refused():
         return str(error.value)
 
     by_block = (IN // 32, OUT)
-    wide = quantized(integers(127), (IN, OUT), by_block, "float16")
+    wide = quantized(integers(127), (IN, OUT), by_block, scale_dtype="float16")
     assert "no levels [-127, " in refused("q4_0", wide)
     assert refused("q4_0", wide).endswith("It fits q8_0.")
-    ternary = quantized(integers(1), (IN, OUT), by_block, "float16")
+    ternary = quantized(integers(1), (IN, OUT), by_block, scale_dtype="float16")
     message = refused("tq2_0", ternary)
     assert "32 consecutive inputs share a scale, and the format has one for each 256" in message
     assert "use PerBlock(256, axis=0) or PerChannel()" in message
     assert message.endswith("It fits q4_0 and q5_0 and q8_0.")
     assert "no levels [0]" in refused("q1_0", kernel("q2_0", (1, OUT)))
-    rows = quantized(integers(1), (IN + 32, OUT), (1, OUT), "float16")
+    rows = quantized(integers(1), (IN + 32, OUT), (1, OUT), scale_dtype="float16")
     assert "its 544 inputs are no multiple of the block of 256" in refused("tq1_0", rows)
-    exact = quantized(integers(1), (IN, OUT), (1, OUT), "float32")
+    exact = quantized(integers(1), (IN, OUT), (1, OUT), scale_dtype="float32")
     assert "2 of its scales are no float16 values" in refused("q4_0", exact)
     assert "scale_dtype='float8_e8m0fnu'" in refused("mxfp4", exact)
     huge = brx.Quantized(exact.codes, exact.scale + 70000, exact.magnitudes, "float32")
     assert "3 of its scales are no float16 values" in refused("q8_0", huge)
-    inputs = quantized(integers(1), (IN, OUT), (IN, 1), "float16")
+    inputs = quantized(integers(1), (IN, OUT), (IN, 1), scale_dtype="float16")
     assert "1 consecutive inputs share a scale" in refused("q4_0", inputs)
-    rounded = quantized(integers(127), (IN, OUT), by_block, "float16", dtype=jnp.bfloat16)
+    rounded = quantized(
+        integers(127), (IN, OUT), by_block, scale_dtype="float16", dtype=jnp.bfloat16
+    )
     assert "rounded to a grid" in refused("q8_0", rounded)
 
 
@@ -144,10 +146,13 @@ def test_what_is_no_quantized_kernel_is_refused():
     with pytest.raises(ValueError, match=r"format must be one of q1_0, .*, got 'q4_k'"):
         brx.export.gguf_tensor(given, "q4_k")
     with pytest.raises(TypeError, match=r"quantized must be a Quantized, as brx.quantized_tree"):
-        brx.export.gguf_tensor(given.dequantize(), "q4_0")
-    stacked = quantized(integers(1), (2, IN, OUT), (1, 1, 1), "float16")
+        brx.export.gguf_tensor(given.codes, "q4_0")
+    stacked = quantized(integers(1), (2, IN, OUT), (1, 1, 1), scale_dtype="float16")
     with pytest.raises(ValueError, match=r"takes a kernel \(in, out\), got .* \(2, 512, 3\)"):
         brx.export.gguf_tensor(stacked, "q4_0")
+    uneven = quantized((0.0, 0.3, 1.7), (IN, OUT), (1, 1))
+    with pytest.raises(ValueError, match=r"levels .* whole numbers or halves, got"):
+        brx.export.gguf_tensor(uneven, "q4_0")
     broken = brx.Quantized(given.codes, given.scale * jnp.nan, given.magnitudes, "float32")
     with pytest.raises(ValueError, match="must be finite and not negative"):
         brx.export.gguf_tensor(broken, "q4_0")
@@ -176,8 +181,8 @@ def test_a_file_holds_what_was_given(tmp_path):
     np.testing.assert_array_equal(read["norm"].data, norm)
     assert [*read["four"].shape] == [IN, OUT], "ggml counts from the innermost axis"
     for name, given in {"ternary": ternary, "four": four}.items():
-        weights = gguf.dequantize(read[name].data, read[name].tensor_type)
-        np.testing.assert_array_equal(bits(weights), bits(given.dequantize().T))
+        result = gguf.dequantize(read[name].data, read[name].tensor_type)
+        np.testing.assert_array_equal(bits(result), bits(weights(given).T))
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
