@@ -120,4 +120,5 @@ def test_the_core_imports_only_what_it_needs():
     modules = set(run.stdout.split())
     assert {"brelax_jax", "jax", "optax", "numpy"} <= modules
     extras = {"flax", "orbax", "tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "tqdm"}
+    extras |= {"gguf", "onnx", "safetensors"}
     assert not modules & extras

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import shutil
+from pathlib import Path
 
 import flax.linen as nn
 import flax.serialization
@@ -334,6 +335,14 @@ def test_binary_connect_beside_the_others(whole_run, program, tmp_path):
 def test_runs_that_are_in_the_way_are_refused(arguments, message, whole_run, program, capsys):
     assert program("--out", str(whole_run), *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_lines_from_before_there_were_two_architectures():
+    results, published = Path(studies.__file__).parents[2] / "results/language_model", Settings()
+    older = dataclasses.replace(published, architecture="alibi")
+    assert len(Seed(str(results), 0, older, resume=True).results) == 5
+    with pytest.raises(ValueError, match="architecture: 'alibi' there, 'llama' here"):
+        Seed(str(results), 0, published, resume=True)
 
 
 @pytest.mark.parametrize("name", ["ternary.jsonl", "ternary-float-seed0.msgpack"])
