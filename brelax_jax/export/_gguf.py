@@ -232,7 +232,7 @@ def write_gguf(
 
     Raises:
       ModuleNotFoundError: if the package `gguf` is missing.
-      TypeError: if a value is of another type.
+      TypeError: if a value is of another type, or a `Quantized` has no format.
       ValueError: as `gguf_tensor`, and names the tensor.
     """
     gguf, path = optional("gguf"), Path(path)
@@ -259,6 +259,8 @@ def write_gguf(
 
 
 def _add_tensor(writer: Any, name: str, tensor: Any) -> None:
+    if isinstance(tensor, Quantized):
+        raise TypeError(f"{name}: give a pair of the Quantized and its format, such as 'q4_0'.")
     if not (isinstance(tensor, tuple) and isinstance(tensor[0], Quantized)):
         writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
         return

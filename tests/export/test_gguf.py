@@ -169,6 +169,8 @@ def test_a_file_holds_what_was_given(tmp_path):
         brx.export.write_gguf(path, "llama", metadata, {"ternary": (ternary, "q1_0")})
     with pytest.raises(TypeError, match="'a' must be a bool, int, float, str or list, got None"):
         brx.export.write_gguf(path, "llama", {"a": None}, {})
+    with pytest.raises(TypeError, match="four: give a pair of the Quantized and its format"):
+        brx.export.write_gguf(path, "llama", metadata, {"four": four})
     assert path.read_text() == "what was there before"
     brx.export.write_gguf(path, "llama", metadata, tensors)
     assert [*tmp_path.iterdir()] == [path]
