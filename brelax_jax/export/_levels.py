@@ -32,15 +32,22 @@ def scaled(quantized: Quantized) -> Scaled:
 
     Raises:
       TypeError: if `quantized` is no `Quantized`.
-      ValueError: if a scale is negative or not finite, or a level is neither whole nor a half.
+      ValueError: if a scale is negative or not finite, a code has no level, or a level is neither
+        whole nor a half.
     """
     if not isinstance(quantized, Quantized):
         raise TypeError(
             f"quantized must be a Quantized, as brx.quantized_tree(opt_state, params) gives it, "
             f"got {type(quantized).__name__}."
         )
-    codes = np.asarray(quantized.codes)
+    codes = np.asarray(quantized.codes, np.int16)
     magnitudes = np.array(quantized.magnitudes, np.float32)
+    largest = len(magnitudes) - 1
+    if np.abs(codes).max(initial=0) > largest:
+        raise ValueError(
+            f"the codes of `quantized` must be from {-largest} to {largest}, as its levels are, "
+            f"got {codes.min()} to {codes.max()}."
+        )
     levels = np.sign(codes) * magnitudes[np.abs(codes)]
     scale = np.asarray(quantized.scale, np.float32)
     if not (np.isfinite(scale) & (scale >= 0)).all():

@@ -150,6 +150,9 @@ def test_what_is_no_quantized_kernel_is_refused():
     stacked = quantized(integers(1), (2, IN, OUT), (1, 1, 1), scale_dtype="float16")
     with pytest.raises(ValueError, match=r"takes a kernel \(in, out\), got .* \(2, 512, 3\)"):
         brx.export.gguf_tensor(stacked, "q4_0")
+    beyond = brx.Quantized(given.codes - 120, given.scale, given.magnitudes, "float32")
+    with pytest.raises(ValueError, match="codes of `quantized` must be from -7 to 7"):
+        brx.export.gguf_tensor(beyond, "q4_0")
     uneven = quantized((0.0, 0.3, 1.7), (IN, OUT), (1, 1))
     with pytest.raises(ValueError, match=r"levels .* whole numbers or halves, got"):
         brx.export.gguf_tensor(uneven, "q4_0")
