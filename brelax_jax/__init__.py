@@ -5,6 +5,7 @@ pulled (the proximal maps, the continuation schedules) → the Optax face (`bina
 leaves (`save`, `pack`, `export`).
 """
 
+from brelax_jax import export as export
 from brelax_jax import formats as formats
 from brelax_jax._envelope import distance as distance
 from brelax_jax._envelope import moreau_envelope as moreau_envelope

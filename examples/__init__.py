@@ -6,7 +6,13 @@ A program that lacks a package ends with one line, which says what to install.
 import sys
 from types import TracebackType
 
-EXTRAS = {"tensorflow": "prepare", "torch": "parq", "torchao": "parq"}  # the others: examples
+EXTRAS = {  # the others: examples
+    "gguf": "export",
+    "tensorflow": "prepare",
+    "torch": "parq",
+    "torchao": "parq",
+    "xllamacpp": "export-test",
+}
 OURS = {"brelax_jax", "examples", "benchmarks", "tests"}
 
 report_error = sys.excepthook

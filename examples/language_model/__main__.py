@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from examples.language_model import llama_cpp
 from examples.language_model.config import Settings
 from examples.language_model.report import row
 from examples.language_model.seeds import Seed, train_missing
@@ -23,7 +25,7 @@ from examples.runs.studies import other_revisions
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
-    """The settings, and the options beside them (`seeds`, `out`, `resume`, `quiet`)."""
+    """The settings, and the options beside them (`seeds`, `out`, `resume`, …)."""
     parser = argparse.ArgumentParser(prog="python -m examples.language_model", description=__doc__)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="of the runs [0]"
@@ -32,6 +34,12 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
         "--out", default="runs/language-model", help="directory of the runs [%(default)s]"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
+    parser.add_argument(
+        "--export-gguf",
+        type=Path,
+        metavar="FILE",
+        help="write the first seed's BinaryRelax as FILE-f32.gguf, and so ternary and in 4 bits",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for field in dataclasses.fields(Settings):
         choices = field.metadata["choices"]
@@ -49,6 +57,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
         settings.check()
         if min(given.seeds) < 0 or len(set(given.seeds)) < len(given.seeds):
             raise ValueError(f"--seeds must be different numbers from 0 on, got {given.seeds}.")
+        if given.export_gguf:
+            llama_cpp.check(settings)
     except ValueError as error:
         parser.error(str(error))
     return settings, given
@@ -74,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in trainer.networks:
         print(f"\n--- {name}\n{runs[0][name]['sample']}")
     print(f"\nwritten: {kept[0].study.path}, and beside it the params")
+    if options.export_gguf:
+        params = kept[0].params("BinaryRelax", trainer.init(kept[0].seed))
+        print(llama_cpp.exported(trainer, params, options.export_gguf))
     if left_out := other_revisions([line for each in kept for line in each.other_revisions]):
         print(left_out)
     return 0

@@ -13,8 +13,11 @@ SETS = {"ternary-threshold": brx.TernaryThreshold, "ternary": brx.Ternary}
 class Settings:
     """What a run computes."""
 
+    architecture: str = setting(
+        "llama", "model", "runs in llama.cpp, or is older and smaller", ("llama", "alibi")
+    )
     width: int = setting(128, "model", "numbers that stand for a character")
-    layers: int = setting(4, "model", "blocks of attention and two dense layers")
+    layers: int = setting(4, "model", "blocks of attention and dense layers")
     heads: int = setting(4, "model", "heads of each attention")
     context: int = setting(64, "model", "characters that a prediction may look at")
     batch: int = setting(16, "training", "pieces of text in a step")
@@ -45,6 +48,10 @@ class Settings:
             raise ValueError(f"--lr must be positive, got {self.lr}.")
         if self.width % self.heads:
             raise ValueError(f"--heads {self.heads} must divide --width {self.width}.")
+        if self.architecture == "llama" and self.width % (2 * self.heads):
+            raise ValueError(
+                f"--heads {self.heads} must divide half of --width {self.width}: llama turns pairs."
+            )
         if not 0 <= self.hard_share <= 1:
             raise ValueError(f"--hard-share must be from 0 to 1, got {self.hard_share}.")
         if self.warmup >= min(self.steps, self.further_steps):

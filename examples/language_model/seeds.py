@@ -24,6 +24,7 @@ from examples.runs.report import bits_per_weight, quantized_layers, size_in_byte
 from examples.runs.settings import differences
 from examples.runs.studies import Study, current
 
+EARLIER = {"architecture": "alibi"}  # settings of lines that lack them
 VERSIONS = {package.__name__: package.__version__ for package in (brx, jax, optax, flax)}
 
 
@@ -46,7 +47,7 @@ class Seed:
                 f"{self.study.path} has seed {seed}: go on with --resume, or give another --out."
             )
         for line in lines:
-            if changed := differences(line["settings"], self._settings):
+            if changed := differences(line["settings"], self._settings, EARLIER):
                 raise ValueError(
                     f"{self.study.path}: {line['name']} is of another configuration:\n  "
                     + "\n  ".join(changed)

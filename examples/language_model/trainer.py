@@ -12,10 +12,13 @@ from jax import Array
 
 import brelax_jax as brx
 from examples.language_model.config import Settings
+from examples.language_model.llama import Llama
 from examples.language_model.networks import networks, ternary
 from examples.language_model.text import Codes, Text, batch_at, windows
 from examples.language_model.transformer import Transformer
 from examples.runs.progress import Progress
+
+ARCHITECTURES = {"llama": Llama, "alibi": Transformer}
 
 
 class Trainer:
@@ -33,7 +36,7 @@ class Trainer:
                 raise ValueError(
                     f"The {split} split has {length} characters: give a --context below that."
                 )
-        self.model = Transformer(
+        self.model = ARCHITECTURES[settings.architecture](
             len(text.characters), settings.width, settings.layers, settings.heads
         )
         self.init = jax.jit(self._init)

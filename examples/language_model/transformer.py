@@ -1,4 +1,4 @@
-"""A small decoder-only transformer (Flax Linen).
+"""A small decoder-only transformer (Flax Linen), whose places are told apart by a bias: `alibi`.
 
 Its kernels are matrices (inputs, outputs): `PerChannel()` gives each output channel a scale.
 """

@@ -15,6 +15,7 @@ import brelax_jax as brx
 from tests.helpers.snippets import PAGES, ROOT, prose, read, run, snippets
 
 ON_EIGHT_DEVICES = ["docs/sharding.md"]
+NEEDED = {"docs/export.md": ("gguf", "jax2onnx", "onnxruntime")}  # beside the extra `test`
 HERE = [page for page in PAGES if snippets(page) and page not in ON_EIGHT_DEVICES]
 
 
@@ -25,6 +26,8 @@ def cache(quickly_compiled):
 
 @pytest.mark.parametrize("page", HERE)
 def test_snippets_run(page):
+    for package in NEEDED.get(page, ()):
+        pytest.importorskip(package)
     run(page)
 
 
