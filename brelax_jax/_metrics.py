@@ -27,8 +27,8 @@ class LeafMetrics(NamedTuple):
       scale: the scale of each group, of the weight's rank.
       flips: scalar, the share of weights whose level the last update changed (for `Binary`, whose
         sign); None unless the transformation was made with `track_flips=True`.
-      saturated: int32 scalar, the number of groups whose scale is the least or the largest of the
-        set's `scale_dtype`, because their own may be beyond it; None if the set has none.
+      saturated: float32 scalar, the number of groups whose scale is the least or the largest of the
+        set's `scale_dtype`, because their own may be beyond it.
     """
 
     lam: Array
@@ -37,7 +37,7 @@ class LeafMetrics(NamedTuple):
     occupancy: Array
     scale: Array
     flips: Array | None
-    saturated: Array | None = None
+    saturated: Array
 
 
 def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
@@ -95,11 +95,12 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
     return found
 
 
-def _saturated(qset: QuantizedSet, scale: Array) -> Array | None:
+def _saturated(qset: QuantizedSet, scale: Array) -> Array:
     scales = qset.scales_of_dtype
     if scales is None:
-        return None
-    return jnp.sum((scale == scales.least) | (scale == scales.most), dtype=jnp.int32)
+        return jnp.zeros((), jnp.float32)
+    is_last = (scale == scales.least) | (scale == scales.most)
+    return jnp.sum(is_last.astype(jnp.float32))
 
 
 def _share(qset: QuantizedSet, condition: Array) -> Array:
