@@ -1,8 +1,8 @@
 """The demonstration: handwritten digits, float first, then binary and ternary by BinaryConnect and
 BinaryRelax.
 
-`python -m examples.demo` trains five networks within minutes on a CPU, and ends with a table and a
-picture.
+`python -m examples.demo` trains five networks within minutes on a CPU, ends with a table and a
+picture, and saves the quantized networks in a few bits a weight.
 """
 
 import argparse
@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.runs import plots
+from brelax_jax.__main__ import main as info
+from examples.runs import deploy, plots
 from examples.runs.progress import Progress
 from examples.runs.report import table
 from examples.train.config import PRESETS, Config
 from examples.train.data import load as data
 from examples.train.loop import run
+from examples.train.steps import Trainer, TrainState
 
 METHODS = {"binary_connect": "BinaryConnect", "binary_relax": "BinaryRelax"}
 
@@ -53,10 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = data.load(settings.dataset, validation=settings.validation)
     images = settings.epochs * settings.images_per_epoch(len(loaded.train))
     progress = Progress(len(runs) * images, options.quiet)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    networks: list[Path] = []
+    elsewhere: list[str] = []
+
+    def finish(trainer: Trainer, state: TrainState) -> None:
+        """Saves a network, and tries what was saved."""
+        path = deploy.save(trainer, state)
+        networks.append(path)
+        elsewhere.append(f"{path}: {deploy.loaded_accuracy(trainer, path):.1%} when loaded back")
+        if deploy.can_run_elsewhere() and len(networks) == len(runs) - 1:
+            accuracy = deploy.accuracy_elsewhere(trainer, state)
+            elsewhere.append(f"the last one in ONNX Runtime, with integer codes: {accuracy:.1%}")
+
     for name, config in runs.items():
         shutil.rmtree(config.directory, ignore_errors=True)
-        results[name] = run(config, loaded, progress)
+        is_float = config.method == "float"
+        results[name] = run(config, loaded, progress, finish=None if is_float else finish)
     progress.close()
     quantized = {
         name: config.directory for name, config in runs.items() if config.method != "float"
@@ -67,8 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "its weights projected:\n"
     )
     print(table([row(name, result) for name, result in results.items()]))
-    print(f"\n{picture}")
-    return 0
+    print(f"\n{picture}\n\nThe networks in files, exactly as quantized:\n")
+    print("\n".join(elsewhere))
+    print(f"\n$ python -m brelax_jax info {networks[-1]}\n")
+    return info(["info", str(networks[-1])])
 
 
 def row(name: str, result: dict[str, Any]) -> dict[str, str]:

@@ -26,6 +26,7 @@ def save(
     opt_state: Any = None,
     *,
     rules: Sets = None,
+    others: Mapping[str, Any] | None = None,
     dtype: DTypeLike | None = None,
 ) -> None:
     """Saves a network whose weights are on their sets, in as few bits as their levels need.
@@ -40,6 +41,8 @@ def save(
       opt_state: the state that belongs to them, as for `quantized_params`.
       rules: in the place of `opt_state`, for weights that came from elsewhere: a set, rules or a
         tree of sets, as every transformation takes them. The weights are projected.
+      others: trees of arrays to save beside the params, by name, such as `{"batch_stats": …}`;
+        `load` gives each as one more entry of the outermost dict.
       dtype: the floating dtype in which leaves that are not quantized are saved; None keeps theirs.
 
     Raises:
@@ -77,6 +80,11 @@ def save(
         else Leaf(keys_of(keys), _cast(np.asarray(leaf), dtype))
         for keys, leaf in pairs
     ]
+    leaves += [
+        Leaf(keys_of(keys), _cast(np.asarray(leaf), dtype))
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(dict(others or {}))
+    ]
+    _nested(leaves, leaves)  # they fit into one tree
     _write(path, encode(leaves))
     _warn_of_difference(path, leaves, dict(leaves_with_paths(params)), opt_state is None)
 

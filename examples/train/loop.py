@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -26,8 +27,24 @@ SNAPSHOTS = 9  # histograms of a layer's weights in a log
 BINS, RANGE = 61, 3.0  # the range is in units of their root mean square
 
 
-def run(config: Config, data: Data, progress: Progress, resume: bool = False) -> dict[str, Any]:
+Finish: TypeAlias = Callable[[Trainer, TrainState], None]
+
+
+def run(
+    config: Config,
+    data: Data,
+    progress: Progress,
+    resume: bool = False,
+    finish: Finish | None = None,
+) -> dict[str, Any]:
     """Trains, and returns the log's last line: test accuracy and what the layers hold.
+
+    Args:
+      config: the settings.
+      data: the splits.
+      progress: the bar.
+      resume: whether to go on from the last checkpoint.
+      finish: what to do with the trained network.
 
     Raises:
       ValueError: if the run's directory is in use, or its checkpoint of another configuration.
@@ -53,7 +70,10 @@ def run(config: Config, data: Data, progress: Progress, resume: bool = False) ->
     with contextlib.ExitStack() as stack:
         if config.tensorboard:
             log.follow(stack.enter_context(contextlib.closing(Events(config.directory))).write)
-        return train(trainer, state, begun, log, checkpoints, progress)
+        state, result = train(trainer, state, begun, log, checkpoints, progress)
+    if finish is not None:
+        finish(trainer, state)
+    return result
 
 
 def train(
@@ -63,8 +83,8 @@ def train(
     log: Log,
     checkpoints: Checkpoints,
     progress: Progress,
-) -> dict[str, Any]:
-    """The epochs after those that are done, and the result."""
+) -> tuple[TrainState, dict[str, Any]]:
+    """The epochs after those that are done: the trained state, and the result."""
     config, data = trainer.config, trainer.data
     for epoch in range(begun + 1, config.epochs + 1):
         state, values = train_epoch(trainer, state, epoch, log, progress)
@@ -77,7 +97,7 @@ def train(
         progress.line(epoch_line(epoch, config, values))
     result = final_result(trainer, state)
     log.write("result", epoch=config.epochs, **result)
-    return result
+    return state, result
 
 
 def start(

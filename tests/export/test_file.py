@@ -117,6 +117,16 @@ def test_other_leaves_in_a_dtype_of_choice(path):
     assert loaded["steps"].dtype == jnp.int32
 
 
+def test_other_trees_beside_the_params(path):
+    stats = {"norm": {"mean": jnp.arange(3.0)}}
+    save(path, *start(), others={"batch_stats": stats})
+    loaded = brx.load(path)
+    check_equal(loaded.pop("batch_stats"), stats)
+    check_equal(loaded, quantized())
+    with pytest.raises(ValueError, match="'a/b' is there twice, or holds other ones"):
+        brx.save(path, *start(), others={"a/b": jnp.ones(2)})
+
+
 def test_params_that_are_one_array(path):
     w = jnp.array([[1.0, -1.0], [1.0, 1.0]])
     brx.save(path, w, rules=brx.Binary())

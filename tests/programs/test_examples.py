@@ -12,7 +12,7 @@ import pytest
 
 import brelax_jax as brx
 from examples import demo
-from examples.runs import events, plots, report
+from examples.runs import deploy, events, plots, report
 from examples.runs.log import Log, read
 from examples.runs.progress import Progress
 from examples.train import __main__ as train
@@ -51,7 +51,13 @@ def float_run(digits, tmp_path_factory) -> str:
 def relaxed_run(digits, float_run, tmp_path_factory) -> Config:
     out = str(tmp_path_factory.mktemp("runs") / "binary")
     config = dataclasses.replace(TINY, epochs=4, set="binary", warm_start=float_run, out=out)
-    run(config, digits, Progress(0, quiet=True))
+    loaded: list[float] = []
+
+    def finish(trainer, state):
+        loaded.append(deploy.loaded_accuracy(trainer, deploy.save(trainer, state)))
+
+    result = run(config, digits, Progress(0, quiet=True), finish=finish)
+    assert loaded == [result["test_deployed"]]
     return config
 
 
