@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from brelax_jax.__main__ import main as info
-from examples.runs import deploy, plots
+from examples.runs import plots
 from examples.runs.progress import Progress
 from examples.runs.report import table
+from examples.train import deploy
 from examples.train.config import PRESETS, Config
 from examples.train.data import load as data
 from examples.train.loop import run
