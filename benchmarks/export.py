@@ -124,6 +124,20 @@ def inference() -> None:
     line("  bytes of all its params", f"{sizes[0] / sizes[1]:8.4f}", "0.125")
 
 
+def float16_scales() -> None:
+    """Projects onto a set whose scales are of float16, and onto that with any scales."""
+    w = 0.05 * jax.random.normal(jax.random.key(0), (512, 4608))
+    sets = [
+        brx.Uniform(4, granularity=brx.PerBlock(32, 0), scale_dtype=dtype)
+        for dtype in ("float16", None)
+    ]
+    bound, free = (jax.jit(lambda w, qset=qset: qset.fit(w).scale) for qset in sets)
+    medians = [float(np.median(times)) for times in seconds(lambda: bound(w), lambda: free(w))]
+    line("scales of float16, Uniform(4), blocks: time", f"{medians[0] / medians[1]:8.2f}", "1.3")
+    errors = [float(brx.distance(w, qset)) ** 2 for qset in sets]
+    line("  squared error", f"{errors[0] / errors[1]:8.6f}", "1.001")
+
+
 def main() -> None:
     """Prints the table."""
     program = "python -m benchmarks.export"
@@ -138,6 +152,7 @@ def main() -> None:
     for name, (qset, bits) in {**SETS, **OTHERS}.items():
         packing(name, qset, bits)
     inference()
+    float16_scales()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,13 @@ import optax
 import brelax_jax as brx
 from examples.train.config import Config
 
-SETS = "binary, ternary, ternary-threshold, uniform2..uniform8, power2..power5, levels:-3,-1,1,3"
+FORMATS = ("q4_0", "q5_0", "q8_0", "tq1_0", "tq2_0", "q1_0", "q2_0", "mxfp4", "nvfp4")
+FORMATS += ("int2", "int4", "int8", "bitnet")
+RULES = "best, mean:FACTOR, mean:FACTOR:norefit, max, fixed:SCALE"
+SETS = (
+    "binary, ternary, ternary-threshold, uniform2..uniform8, power2..power5, levels:-3,-1,1,3, "
+    f"{', '.join(FORMATS)}; after an @ the rule for the scale: {RULES}"
+)
 GRANULARITIES = "tensor, channel, channel:AXIS, block:SIZE, block:SIZE:AXIS"
 
 
@@ -34,26 +40,49 @@ def parse_granularity(word: str) -> brx.PerTensor | brx.PerChannel | brx.PerBloc
         ) from None
 
 
-def parse_set(word: str, granularity: str = "tensor", tolerance: float = 0.0) -> brx.QuantizedSet:
-    """A set from its word, such as `ternary`, `uniform4`, `power3` or `levels:-3,-1,1,3`."""
-    shared: Any = {
-        "granularity": parse_granularity(granularity),
-        "rule": brx.LeastSquares(tolerance),
-    }
-    plain = {
-        "binary": brx.Binary,
-        "ternary": brx.Ternary,
-        "ternary-threshold": brx.TernaryThreshold,
-    }
+def parse_rule(word: str, tolerance: float = 0.0) -> brx.ScaleRule:
+    """`best`, `mean:FACTOR`, `mean:FACTOR:norefit`, `max` or `fixed:SCALE`."""
+    kind, *options = word.split(":")
     try:
-        if word in plain:
-            return plain[word](**shared)
-        if word.startswith("levels:"):
-            levels = tuple(float(level) for level in word.removeprefix("levels:").split(","))
+        match kind, options:
+            case "best", []:
+                return brx.LeastSquares(tolerance)
+            case "mean", [factor]:
+                return brx.MeanMagnitude(float(factor))
+            case "mean", [factor, "norefit"]:
+                return brx.MeanMagnitude(float(factor), refit=False)
+            case "max", []:
+                return brx.MaxMagnitude()
+            case "fixed", [scale]:
+                return brx.Fixed(float(scale))
+            case _:
+                raise ValueError("not of that form")
+    except ValueError as error:
+        raise ValueError(f"Unknown rule {word!r} ({error}). Known: {RULES}.") from None
+
+
+def parse_set(word: str, granularity: str = "tensor", tolerance: float = 0.0) -> brx.QuantizedSet:
+    """A set from its word, such as `ternary`, `uniform4`, `power3`, `levels:-3,-1,1,3` or `q4_0`,
+    and after an `@` the rule for its scale, as in `ternary@mean:1.4`.
+    """
+    name, _, rule_word = word.partition("@")
+    rule = parse_rule(rule_word or "best", tolerance)
+    shared: Any = {"granularity": parse_granularity(granularity)}
+    try:
+        if name in FORMATS:
+            return getattr(brx.formats, name)(rule=rule)
+        if name == "ternary-threshold" and not rule_word:
+            return brx.TernaryThreshold(**shared)
+        shared["rule"] = rule
+        plain = {"binary": brx.Binary, "ternary": brx.Ternary}
+        if name in plain:
+            return plain[name](**shared)
+        if name.startswith("levels:"):
+            levels = tuple(float(level) for level in name.removeprefix("levels:").split(","))
             return brx.ScaledLevels(levels, **shared)
         for prefix, of_bits in (("uniform", brx.Uniform), ("power", brx.PowerOfTwo)):
-            if word.startswith(prefix):
-                return of_bits(int(word.removeprefix(prefix)), **shared)
+            if name.startswith(prefix):
+                return of_bits(int(name.removeprefix(prefix)), **shared)
     except ValueError as error:
         raise ValueError(f"Set {word!r}: {error} Known: {SETS}.") from None
     raise ValueError(f"Unknown set {word!r}. Known: {SETS}.")

@@ -69,11 +69,17 @@ def test_learning_rate_of_phase_two_is_capped():
         ("uniform4", "block:64", brx.Uniform(4, granularity=brx.PerBlock(64))),
         ("power3", "block:8:-2", brx.PowerOfTwo(3, granularity=brx.PerBlock(8, -2))),
         ("levels:-3,-1,1,3", "tensor", brx.ScaledLevels((-3, -1, 1, 3))),
+        ("ternary@mean:1.4", "tensor", brx.Ternary(rule=brx.MeanMagnitude(1.4))),
+        ("ternary@mean:1:norefit", "tensor", brx.Ternary(rule=brx.MeanMagnitude(1.0, refit=False))),
+        ("uniform8@max", "tensor", brx.Uniform(8, rule=brx.MaxMagnitude())),
+        ("binary@fixed:1", "tensor", brx.Binary(rule=brx.Fixed(1.0))),
+        ("q4_0", "tensor", brx.formats.q4_0()),
+        ("bitnet@mean:1:norefit", "tensor", brx.formats.bitnet(rule=brx.MeanMagnitude(1.0, False))),
     ],
 )
 def test_words_for_sets(word, granularity, qset):
     assert parse_set(word, granularity) == qset
-    if not isinstance(qset, brx.Binary | brx.TernaryThreshold):
+    if qset.is_searched:
         kept = dataclasses.replace(qset, rule=brx.LeastSquares(0.01))
         assert parse_set(word, granularity, 0.01) == kept
 
@@ -85,6 +91,8 @@ def test_words_for_sets(word, granularity, qset):
         ("uniform9", "tensor", "bits must be from 2 to 8.*uniform2"),
         ("uniformly", "tensor", "Set 'uniformly'"),
         ("levels:1,2", "tensor", "symmetric"),
+        ("ternary@median", "tensor", "Unknown rule 'median'.*mean:FACTOR"),
+        ("ternary@mean:-1", "tensor", "Unknown rule 'mean:-1' .factor must be"),
         ("binary", "row", "Unknown granularity 'row'.*block:SIZE"),
         ("binary", "block", "Unknown granularity 'block'"),
     ],
