@@ -54,8 +54,8 @@ class Config:
         "binary",
         "quantization",
         "binary, ternary, ternary-threshold, uniform2..8, power2..5, as levels:-3,-1,1,3, or a "
-        "format such as q4_0 or mxfp4 (which has its own granularity); after an @ the rule for the scale: "
-        "best, mean:FACTOR, mean:FACTOR:norefit, max or fixed:SCALE, as in ternary@mean:1.4",
+        "format such as q4_0 or mxfp4 (which has its own granularity); after an @ the rule for the "
+        "scale: best, mean:FACTOR, mean:FACTOR:norefit, max or fixed:SCALE, as in ternary@mean:1.4",
     )
     granularity: str = setting(
         "tensor",

@@ -9,23 +9,8 @@ import optax
 import brelax_jax as brx
 from examples.train.config import Config
 
-FORMATS = tuple(
-    [
-        "q4_0",
-        "q5_0",
-        "q8_0",
-        "tq1_0",
-        "tq2_0",
-        "q1_0",
-        "q2_0",
-        "mxfp4",
-        "nvfp4",
-        "int2",
-        "int4",
-        "int8",
-        "bitnet",
-    ]
-)
+GGUF = ("q4_0", "q5_0", "q8_0", "tq1_0", "tq2_0", "q1_0", "q2_0", "mxfp4", "nvfp4")
+FORMATS = (*GGUF, "int2", "int4", "int8", "bitnet")
 RULES = "best, mean:FACTOR, mean:FACTOR:norefit, max, fixed:SCALE"
 SETS = (
     "binary, ternary, ternary-threshold, uniform2..uniform8, power2..power5, levels:-3,-1,1,3, "
