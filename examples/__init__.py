@@ -6,7 +6,8 @@ A program that lacks a package ends with one line, which says what to install.
 import sys
 from types import TracebackType
 
-EXTRAS = {"tensorflow": "prepare", "torch": "parq", "torchao": "parq"}  # the others: examples
+# of packages that are not among the examples'
+EXTRAS = {"libtpu": "tpu", "tensorflow": "prepare", "torch": "parq", "torchao": "parq"}
 OURS = {"brelax_jax", "examples", "benchmarks", "tests"}
 
 report_error = sys.excepthook

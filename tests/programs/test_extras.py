@@ -67,7 +67,12 @@ def test_the_status_is_that_of_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [("tensorflow.data", "prepare"), ("torch", "parq"), ("torchao.prototype", "parq")],
+    [
+        ("libtpu", "tpu"),
+        ("tensorflow.data", "prepare"),
+        ("torch", "parq"),
+        ("torchao.prototype", "parq"),
+    ],
 )
 def test_other_extras(name, extra, capsys):
     error = ModuleNotFoundError(f"No module named {name!r}", name=name)
