@@ -148,8 +148,9 @@ def meshes(names: Sequence[str]) -> None:
     for name in names:
         devices = devices_of(name)
         sizes = [int(size) for size in name.partition(":")[2].split("x")]
-        with jax.set_mesh(jax.make_mesh(sizes, ("data", "model"), devices=devices)) as mesh:
-            sharding = NamedSharding(mesh, P(None, "data", "model"))
+        mesh = jax.make_mesh(sizes, ("data", "model"), devices=devices)
+        sharding = NamedSharding(mesh, P(None, "data", "model"))
+        with jax.set_mesh(mesh):
             for update, qset in STACKED_SETS.items():
                 try:
                     row = cost(qset, STACKED, sharding, len(devices))
