@@ -68,7 +68,7 @@ def collectives(text: str) -> str:
     )
 
 
-def devices_of(topology: str) -> list[jax.Device]:
+def devices_of(topology: str) -> list[Any]:
     """The devices of a TPU topology. None of them is here."""
     importlib.import_module("libtpu")  # where it is missing, a line says what to install
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network what is here
