@@ -1,11 +1,11 @@
 """What updates need on TPUs, read from their compiled programs: `python -m benchmarks.compiled`.
 
 Nothing runs and no TPU is needed, only libtpu, which the extra `tpu` brings. The table is of update
-plus `optax.apply_updates` on ResNet-18's convolution weights, on one v5e. With `--meshes` it is of
-seven stacked kernels of a language model, 6.5 billion weights, sharded over both axes of a mesh.
-Bytes are those of one device, the collectives those in the program's text, so one in the search's
-loop counts once. The rounds of that loop are measured on the CPU, with normal weights. CPU seconds
-of compiling are those of all cores.
+plus `optax.apply_updates` on one v5e: on ResNet-18's convolution weights, and in blocks on a
+matrix. With `--meshes` it is of seven stacked kernels of a language model, 6.5 billion weights,
+sharded over both axes of a mesh. Bytes are those of one device's main memory; the collectives are
+those in the program's text, so one in the search's loop counts once. The rounds of that loop are
+measured on the CPU, with normal weights. CPU seconds of compiling are those of all cores.
 """
 
 import argparse
@@ -30,17 +30,22 @@ from brelax_jax.sets._weights import Weights
 
 ONE = "v5e:2x2"  # the least topology that libtpu knows; one of its devices is used
 MESHES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16")
-BLOCKS = brx.PerBlock(32)
 SETS: dict[str, brx.QuantizedSet | None] = {
     "SGD with momentum": None,
     "Binary": brx.Binary(),
     "TernaryThreshold": brx.TernaryThreshold(),
     "Ternary": brx.Ternary(),
     "Ternary, channel": brx.Ternary(granularity=brx.PerChannel()),
-    "Ternary, blocks of 32": brx.Ternary(granularity=BLOCKS),
     "Uniform(4)": brx.Uniform(4),
-    "Uniform(4), blocks of 32": brx.Uniform(4, granularity=BLOCKS),
     "Uniform(4), 0.3·mean |w|": brx.Uniform(4, rule=brx.MeanMagnitude(0.3, refit=False)),
+}
+MATRIX = (4096, 4096)  # too large for a core's own memory, as kernels of ResNet-18 are not
+BLOCKS = brx.PerBlock(32)
+MATRIX_SETS: dict[str, brx.QuantizedSet | None] = {
+    "Binary, blocks of 32": brx.Binary(granularity=BLOCKS),
+    "Ternary": brx.Ternary(),
+    "Ternary, blocks of 32": brx.Ternary(granularity=BLOCKS),
+    "Uniform(4), blocks of 32": brx.Uniform(4, granularity=BLOCKS),
 }
 STACKED = [(32, 4096, 4096)] * 4 + [(32, 4096, 11008)] * 2 + [(32, 11008, 4096)]
 STACKED_SETS: dict[str, brx.QuantizedSet | None] = {
@@ -126,17 +131,21 @@ def rounds(qset: brx.QuantizedSet, kernels: Sequence[jax.Array]) -> int:
 
 
 def one_device() -> None:
-    """Prints the table of updates on one device."""
-    kernels = jax.tree.leaves(weights(resnet18()))
+    """Prints the tables of updates on one device."""
     device = devices_of(ONE)[0]
-    print(f"{sum(w.size for w in kernels) / 1e6:.1f} M weights of ResNet-18, {device.device_kind}")
-    print(f"{'update':<26}{HEAD}  collectives")
+    print(f"one {device.device_kind}\n{'':<26}{HEAD}")
     sharding = SingleDeviceSharding(device)
+    for title, shapes, sets in (
+        ("ResNet-18", resnet18(), SETS),
+        (f"a matrix, {MATRIX}", [MATRIX], MATRIX_SETS),
+    ):
+        print(f"{title}: {sum(map(math.prod, shapes)) / 1e6:.1f} M weights")
+        for name, qset in sets.items():
+            print(f"{name:<26}{cost(qset, shapes, sharding)}", flush=True)
+    print("rounds of the search, for ResNet-18 with normal weights")
+    kernels = jax.tree.leaves(weights(resnet18()))
     for name, qset in SETS.items():
-        print(f"{name:<26}{cost(qset, resnet18(), sharding)}", flush=True)
-    print("rounds of the search, normal weights")
-    for name, qset in SETS.items():
-        if qset and qset.is_searched and qset.granularity != BLOCKS:
+        if qset and qset.is_searched:
             print(f"{name:<26}{rounds(qset, kernels):>11}", flush=True)
 
 
