@@ -8,6 +8,7 @@ from types import TracebackType
 
 EXTRAS = {  # the others: examples
     "gguf": "export",
+    "libtpu": "tpu",
     "tensorflow": "prepare",
     "torch": "parq",
     "torchao": "parq",

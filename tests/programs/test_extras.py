@@ -69,6 +69,7 @@ def test_the_status_is_that_of_an_error(tmp_path):
     ("name", "extra"),
     [
         ("gguf", "export"),
+        ("libtpu", "tpu"),
         ("tensorflow.data", "prepare"),
         ("torch", "parq"),
         ("torchao.prototype", "parq"),
