@@ -43,11 +43,8 @@ def assert_optimal(qset, w, scale, tolerance=1e-6):
     "qset",
     [
         brx.Ternary(),
-        brx.Uniform(4),
-        brx.Uniform(8),
         brx.PowerOfTwo(5),
         brx.ScaledLevels((-1000, -10, -1, 1, 10, 1000)),
-        brx.Ternary(granularity=brx.PerChannel()),
         brx.Uniform(4, granularity=brx.PerChannel()),
     ],
     ids=repr,
