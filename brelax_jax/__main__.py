@@ -5,7 +5,10 @@ import json
 import sys
 from collections.abc import Sequence
 
+from brelax_jax.export._other_reports import gguf_rows, onnx_rows
 from brelax_jax.export._report import report, table
+
+READERS = {".gguf": gguf_rows, ".onnx": onnx_rows}  # other files are ours
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,11 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m brelax_jax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="show the layers of a file, their sets and sizes")
-    info.add_argument("file", metavar="FILE", help="what brelax_jax.save wrote")
+    kinds = "what brelax_jax.save wrote, or a .gguf or .onnx file"
+    info.add_argument("file", metavar="FILE", help=kinds)
     info.add_argument("--json", action="store_true", help="print JSON instead of a table")
     asked = parser.parse_args(arguments)
     try:
-        found = report(asked.file)
+        found = report(asked.file, READERS)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
 """What is in a file: a row for each leaf."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -67,17 +67,20 @@ def _row(leaf: Leaf) -> Row:
     )
 
 
-# A reader of another format is one more entry: its rows, by the ending of a file's name.
-READERS: dict[str, Callable[[str | os.PathLike[str]], Sequence[Row]]] = {}
+Reader: TypeAlias = Callable[[str | os.PathLike[str]], Sequence[Row]]
 
 
-def report(path: str | os.PathLike[str]) -> dict[str, Any]:
+def report(path: str | os.PathLike[str], readers: Mapping[str, Reader]) -> dict[str, Any]:
     """The rows of a file, as `--json` prints them, and their totals.
+
+    Args:
+      path: of the file.
+      readers: of other formats than ours, by the ending of a file's name.
 
     Raises:
       ValueError: if the file is not what it should be; it names it.
     """
-    rows = READERS.get(Path(path).suffix, rows_of)(path)
+    rows = readers.get(Path(path).suffix, rows_of)(path)
     weights, size = sum(row.weights for row in rows), sum(row.bytes for row in rows)
     on_sets = [row for row in rows if row.shares]
     return {
