@@ -39,9 +39,9 @@ bench: $(VENV)/.installed  ## ratios of the times of projections, updates and st
 	$(BIN)/python -m benchmarks.updates
 	$(BIN)/python -m benchmarks.export
 
-docs:  ## the site, into docs/_build; warnings are errors
+docs:  ## the site, into build/docs; warnings are errors
 	$(MAKE) install VENV=$(DOCS_VENV) EXTRA=docs
-	$(DOCS_VENV)/bin/python -m sphinx -b html -W --keep-going docs docs/_build
+	$(DOCS_VENV)/bin/python -m sphinx -b html -W --keep-going docs build/docs
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) docs/_build runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) build runs .pytest_cache .ruff_cache .hypothesis

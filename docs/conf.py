@@ -13,7 +13,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
 default_role = "py:obj"
 
 myst_heading_anchors = 4  # as GitHub makes them
@@ -24,6 +23,7 @@ nb_execution_timeout = 120
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say shapes and dtypes
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 html_theme = "sphinx_book_theme"
 html_title = "brelax_jax"
