@@ -1,10 +1,11 @@
-# `make demo` and `make test` set themselves up in .venv; PYTHON chooses the interpreter (3.11 or newer).
+# Each command sets itself up in a virtual environment; PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 BIN := $(VENV)/bin
 EXTRA ?= dev
 
-.PHONY: demo test soak lint types bench install clean
+.PHONY: demo test soak lint types bench docs install clean
 
 # The JPEG decoders and JAX share the cores; a platform warning would be the only line on stderr.
 export JAX_PLATFORMS ?= cpu
@@ -38,5 +39,9 @@ bench: $(VENV)/.installed  ## ratios of the times of projections, updates and st
 	$(BIN)/python -m benchmarks.updates
 	$(BIN)/python -m benchmarks.export
 
+docs:  ## the site, into build/docs; warnings are errors
+	$(MAKE) install VENV=$(DOCS_VENV) EXTRA=docs
+	$(DOCS_VENV)/bin/python -m sphinx -b html -W --keep-going docs build/docs
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) build runs .pytest_cache .ruff_cache .hypothesis

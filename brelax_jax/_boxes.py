@@ -29,7 +29,7 @@ def boxes_with_paths(tree: Any) -> dict[str, Any]:
 
 
 def masked_but(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """The tree with these leaves, in their boxes, and `optax.MaskedNode` in the place of others."""
+    """The tree with these leaves, in their boxes, and `optax.MaskedNode` in place of others."""
 
     def leaf_at(keys: tuple[Any, ...], box: Any) -> Any:
         path = path_of(keys)

@@ -23,13 +23,13 @@ def blend(y: Array, projection: Array, alpha: Array) -> Array:
 def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     """min over u ∈ Q of ‖u − w‖₂, over all scale groups together.
 
-    Q is the set of all s·q, whatever the set's rule for the scale; with `Fixed`, at the given one.
+    Q holds all s·q, whatever the set's rule for the scale. With `Fixed`, s is the given scale.
     Residuals within rounding of w's dtype count as zero, so that a point on Q has distance 0.
     Differentiable almost everywhere, and on Q, where the gradient is 0.
 
     Args:
-      w: floating array of any shape; inside `jax.shard_map`, a part of one that goes on over the
-        `axis_name` of the set's granularity.
+      w: floating array of any shape. Inside `jax.shard_map`, the part of a weight that is sharded
+        over the `axis_name` of the set's granularity.
       qset: the set Q.
 
     Returns:
@@ -61,7 +61,7 @@ def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     """min over u of λ/2·‖u − w‖² + indicator of Q(u), which is λ/2·distance(w, Q)².
 
     Its gradient is λ·(w − proj_Q(w)) almost everywhere. At λ = ∞ it is the indicator itself: 0 on
-    Q, with gradient 0, else ∞, with a gradient of infinities and NaN, because there is none.
+    Q, with gradient 0; elsewhere ∞, where no gradient exists and infinities and NaN come out.
 
     Args:
       w: floating array of any shape.

@@ -1,4 +1,4 @@
-"""Which leaves one set, given alone, applies to: the kernels, told from the rest by names."""
+"""Which leaves are kernels, by their names. One set, given alone, applies to the kernels only."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What to watch in a long run: how far the weights are from their sets, and what they do there."""
+"""What to watch in a long run: how far weights are from their sets, and whether they oscillate."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ class LeafMetrics(NamedTuple):
     Attributes:
       lam: float32 scalar, the λ of the last update: 0 before the first one, ∞ in phase II.
       strength: float32 scalar, α = λ/(λ + 1).
-      distance: scalar, ‖y − proj_Q(y)‖/‖y‖ of the float weights y: from 0, on the set, to 1; more
-        only while a scale that jumped is held back.
+      distance: scalar, ‖y − proj_Q(y)‖/‖y‖ of the float weights y. It is 0 on the set and at most
+        1, except while a scale that jumped is held back.
       occupancy: for each of the set's `levels`, the share of weights that are nearest to it.
       scale: the scale of each group, of the weight's rank.
       flips: scalar, the share of weights whose level the last update changed (for `Binary`, whose
@@ -41,11 +41,11 @@ class LeafMetrics(NamedTuple):
 
 
 def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
-    """How near each quantized leaf is to its set, and how it is spread over the set's levels.
+    """How far each quantized leaf is from its set, and how it is spread over the set's levels.
 
-    All of it is of the float weights and the stored scales, so it shows in phase I what would be
-    deployed, and in phase II what hides behind `params`: weights that oscillate between two levels.
-    A few reductions over the weights: call it, jitted, every so many steps.
+    It reads the float weights and the stored scales. So in phase I it shows what would be deployed,
+    and in phase II what `params` hide: weights that oscillate between two levels. It makes a few
+    reductions over the weights, so jit it and call it only every so many steps.
 
     Args:
       opt_state: an optimizer state in which a transformation of this library has its own, at any
@@ -53,8 +53,8 @@ def metrics(opt_state: Any, params: Any) -> dict[str, LeafMetrics]:
       params: the params that it belongs to.
 
     Returns:
-      `LeafMetrics` by the '/'-joined path of the leaf. Inside `shard_map` they are of the scale
-      groups of which this device holds a part; call it outside, on whole arrays, for all of them.
+      `LeafMetrics` by the '/'-joined path of the leaf. Inside `shard_map` they cover only the scale
+      groups of which this device holds a part. For all groups call it outside, on whole arrays.
 
     Raises:
       ValueError: if `opt_state` holds no such state, or one of other params.

@@ -1,6 +1,6 @@
 """How float weights are pulled to a set: the proximal maps of the published methods.
 
-Each takes the float weights y to the params w that the network computes with, by one number, the
+Each turns the float weights y into the params w that the network computes with, by one number, the
 strength α = λ/(λ + 1): from (nearly) y at α = 0 to exactly proj_Q(y) at α = 1, which is
 BinaryConnect. Elementwise, given the scales.
 """
@@ -48,7 +48,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class ProximalMap(abc.ABC):
-    """What the maps share. A new one states its `pull`.
+    """What all maps share. A new map defines `pull`.
 
     Attributes:
       updates_float_params: whether the float weights themselves are moved to w, not only the
@@ -66,7 +66,7 @@ class ProximalMap(abc.ABC):
           lam: λ ≥ 0, a scalar; 0 and ∞ are allowed.
 
         Returns:
-          w, of y's shape and dtype; proj_Q(y) at λ = ∞. In derivatives the projection counts as
+          w, of y's shape and dtype; proj_Q(y) at λ = ∞. Derivatives treat the projection as a
           constant.
 
         Raises:
@@ -87,8 +87,8 @@ class ProximalMap(abc.ABC):
         """w, of the shape and dtype of `target.y`; at α = 1 exactly `target.projection`.
 
         Args:
-          target: the float weights `y` with their `projection`, and, computed only if asked for,
-            the `scale` of each and the `half_gap` between the levels around it.
+          target: the float weights `y` and their `projection`. The `scale` of each weight and the
+            `half_gap` between the levels around it are computed only when asked for.
           alpha: the strength, a scalar of y's dtype.
         """
 
@@ -145,7 +145,7 @@ class SoftThreshold(ProximalMap):
     """ProxQuant: w = q + sign(y − q)·max(|y − q| − λ·s, 0) with q = proj_Q(y) and its scale s, the
     proximal map of λ·s·‖w − q‖₁.
 
-    The published map has the levels ±1, hence s = 1. Weights within λ·s of their level are on it.
+    The published map has the levels ±1, so s = 1. Weights within λ·s of their level move onto it.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> y = jnp.array([0.25, -1.75, 0.5, -1.5])  # the scale is 1

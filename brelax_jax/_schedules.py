@@ -1,4 +1,4 @@
-"""When: continuation schedules, from a step count to λ, and whole plans of a run by its length."""
+"""Continuation schedules: λ by step count, and plans of a whole run by its number of steps."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -184,13 +184,13 @@ def continuation(steps: int, shape: str = "linear", hard_share: float = 0.25) ->
 
     Args:
       steps: updates in the whole run, at least 1.
-      shape: "linear", "cosine" or "sigmoid", of the strength from 0 to 1; "geometric", the authors'
-        growth from 1.04 to 1.04^150 fitted to phase I. From scratch linear ends better, from
-        trained float weights geometric (docs/accuracy.md).
-      hard_share: the share of the run that is phase II, from 0 to 1; 0.25 is the authors'.
+      shape: how λ grows. "linear", "cosine" and "sigmoid" take the strength from 0 to 1.
+        "geometric" is the authors' growth from 1.04 to 1.04^150, fitted to phase I. Linear is
+        better from scratch, geometric from trained float weights (docs/accuracy.md).
+      hard_share: the share of the run that is phase II, from 0 to 1. The authors used 0.25.
 
     Returns:
-      `lam` and `hard_from`. The transformations take both at once, in the place of `lam`.
+      `lam` and `hard_from`. Pass the whole result to a transformation in place of `lam`.
 
     Raises:
       ValueError: if an argument is out of its range.

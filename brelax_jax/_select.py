@@ -1,4 +1,4 @@
-"""Which leaves are quantized, and on which set each must land."""
+"""Which leaves are quantized, and the set of each."""
 
 import collections
 import dataclasses
@@ -30,13 +30,13 @@ Sets: TypeAlias = Any  # a set, a Selection, a tree of sets and None, or a funct
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Says which leaves are quantized on which sets; made by `select`, or from a tree of sets. A
-    pytree without leaves.
+    """Which leaves are quantized, on which sets. `select` makes one, or a tree of sets does. It is
+    a pytree without leaves.
 
     Attributes:
-      rules: pairs of a key and a set or None. The first key that fits a leaf decides.
-      default: the set of the kernels that no key fits, or None.
-      tree: in the place of rules, the entries of a tree of sets and None by their paths, or a
+      rules: pairs of a key and a set or None. The first key that matches a leaf decides.
+      default: the set of the kernels that no key matches, or None.
+      tree: in place of rules, the entries of a tree of sets and None by their paths, or a
         function from params to such a tree.
     """
 
@@ -78,7 +78,7 @@ class Selection:
     def project(self, params: Any) -> Any:
         """The params with every leaf that is to be quantized projected on its set.
 
-        For weights that are only to be rounded, without training.
+        Use it to round weights without training.
 
         Args:
           params: a tree of arrays.
@@ -93,7 +93,7 @@ class Selection:
         return map_at(lambda w, qset: qset.project(w), params, self.assign(params))
 
     def quantize(self, params: Any) -> Any:
-        """As `project`, with a `Quantized`, codes and scales, in the place of each such leaf.
+        """Like `project`, but each such leaf becomes a `Quantized`: codes and scales.
 
         >>> import brelax_jax as brx, jax.numpy as jnp
         >>> rules = brx.select(default=brx.Binary())
@@ -178,24 +178,23 @@ def select(*rules: Rule | Callable[[Any], Any], default: QuantizedSet | None = N
     """Rules that say which leaves are quantized, and how.
 
     Args:
-      *rules: pairs of a key and a set, or None for leaves that stay as they are. A key is a regular
-        expression, which fits a leaf if `re.search` finds it in the leaf's path ('/'-joined, as in
-        'Conv_0/kernel'), or a function `(path, leaf) -> bool`, whose leaf is a
-        `jax.ShapeDtypeStruct`. The first key that fits decides. It decides for every leaf that it
-        fits, biases too. Or, alone: a function from params, as such structs, to a tree of sets and
-        None.
-      default: the set of the *kernels* that no key fits: floating leaves of rank 2 or more, told by
-        their names from biases, scales, offsets, norms, embeddings, positions and tokens
-        (docs/networks.md). None leaves them as they are.
+      *rules: pairs of a key and a set; None in place of the set leaves a leaf as it is. A key is a
+        regular expression, which matches if `re.search` finds it in the leaf's path ('/'-joined, as
+        in 'Conv_0/kernel'), or a function `(path, leaf) -> bool`, which gets the leaf as a
+        `jax.ShapeDtypeStruct`. The first key that matches a leaf decides, for biases too. Or give
+        one function alone, from params (as such structs) to a tree of sets and None.
+      default: the set of the *kernels* that no key matches: floating leaves of rank 2 or more whose
+        names are not those of biases, scales, offsets, norms, embeddings, positions or tokens
+        (docs/different_layers.md). None leaves them as they are.
 
     Returns:
-      The rules, as every transformation of this library takes them in the place of one set.
+      The rules. Every transformation of this library takes them in place of one set.
 
     Raises:
-      ValueError: if a rule is not such a pair, or a pattern not a regular expression; at a
-        transformation's `init`, if a pattern matches no leaf, a function returns something else,
-        a rule gives a set to a leaf that is not floating or whose shape does not fit, or there is a
-        set but no leaf for it.
+      ValueError: if a rule is not such a pair, or a pattern is not a regular expression. At a
+        transformation's `init`, if a pattern matches no leaf, if a function returns something else,
+        if a rule gives a set to a leaf that is not floating or whose shape does not fit, or if no
+        leaf is left for a set.
 
     The first convolution stays float, large leaves have 4 bits, every other kernel is ternary:
 

@@ -1,6 +1,6 @@
-"""Trees of sets and None in the place of rules, as `optax.partition` takes labels.
+"""Trees of sets and None in place of rules, as `optax.partition` takes labels.
 
-A set in the place of a leaf is for that leaf, and in the place of a subtree for the kernels in it.
+A set in place of a leaf is for that leaf, and in place of a subtree for the kernels in it.
 """
 
 from collections.abc import Mapping

@@ -68,8 +68,8 @@ def is_absent(leaf: Any) -> bool:
 def fold_leaves(function: Callable[[str, Any], T], leaves: Mapping[str, Any]) -> dict[str, T]:
     """function(path, leaf) of each leaf; on CPU one leaf after the other.
 
-    XLA on CPU runs what does not depend on one another side by side. That takes more memory, and
-    with it time.
+    XLA on CPU runs independent computations side by side. That takes more memory, and so more
+    time.
     """
     results: dict[str, T] = {}
     last = jnp.zeros(())

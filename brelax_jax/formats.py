@@ -1,8 +1,8 @@
 """Sets by the names of the deployment formats that hold them: train on one, export to it.
 
-A format here is levels, a granularity and a scale dtype in one word. Flax keeps kernels as
-(…, in, out), so blocks lie along the last axis but one unless told. Rows of a format's file are a
-kernel's columns.
+A format is levels, a granularity and a scale dtype under one name. Flax keeps kernels as
+(…, in, out), so by default blocks lie along the last axis but one. The rows in a format's file are
+the columns of a kernel.
 
     optimizer = brx.binary_relax(base, brx.formats.q4_0(), lam=…)
 
@@ -108,7 +108,7 @@ def mxfp4(axis: int = -2, *, rule: ScaleRule = BEST) -> QuantizedSet:
 def nvfp4(axis: int = -2, *, factor: float = 1.0, rule: ScaleRule = BEST) -> QuantizedSet:
     """NVFP4: the levels of E2M1, blocks of 16, scales of E4M3 times one factor; 4.5 bits a weight.
 
-    Scales of E4M3 are from 2⁻⁶ to 448. For weights below about 0.05 choose a smaller factor, such
+    Scales of E4M3 range from 2⁻⁶ to 448. For weights below about 0.05 choose a smaller factor, such
     as 2⁻⁶.
 
     Args:

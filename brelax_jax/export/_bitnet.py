@@ -12,21 +12,21 @@ CLASSES = ("autobitlinear", "bitlinear")
 def bitnet_arrays(
     quantized: Quantized, linear_class: str = "autobitlinear"
 ) -> dict[str, NDArray[np.uint8] | Floats]:
-    """A ternary kernel as the two arrays of a BitNet layer, to store by safetensors.
+    """A ternary kernel as the two arrays of a BitNet layer, to store with safetensors.
 
     Bits 2i and 2i + 1 of row r of `weight` hold the codes, plus 1, of output i · out/4 + r.
 
     Args:
       quantized: a kernel (in, out) with one scale, as `brx.quantized_tree` gives it.
       linear_class: as in the `quantization_config` of the model. An "autobitlinear" multiplies by
-        `weight_scale`. A "bitlinear" divides by it, so that it is the scale's reciprocal, rounded.
+        `weight_scale`. A "bitlinear" divides by it, so it is the reciprocal of the scale, rounded.
 
     Returns:
       `weight`, uint8 of shape (out/4, in), and `weight_scale`, float32 of shape (1,).
 
     Raises:
-      ValueError: if the kernel is no matrix, is not ternary, has several scales, or its outputs are
-        no multiple of 4.
+      ValueError: if the kernel is not a ternary matrix with one scale, or the number of outputs is
+        not a multiple of 4.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> codes, scale = jnp.int8([[1, 0, -1, 1]]), jnp.full((1, 1), 0.5)

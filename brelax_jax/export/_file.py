@@ -31,27 +31,27 @@ def save(
 ) -> None:
     """Saves a network whose weights are on their sets, in as few bits as their levels need.
 
-    What is saved are `quantized_params(opt_state, params)`, bit for bit. The file is written beside
-    its place and then moved there: a file that was there stays whole until the new one is. It is a
-    safetensors file; docs/file-format.md has its layout.
+    It saves `quantized_params(opt_state, params)`, bit for bit. Files are written atomically: an
+    old file stays whole until the new one takes its place. The format is safetensors;
+    docs/file-format.md has the layout.
 
     Args:
       path: of the file.
       params: the params.
       opt_state: the state that belongs to them, as for `quantized_params`.
-      rules: in the place of `opt_state`, for weights that came from elsewhere: a set, rules or a
-        tree of sets, as every transformation takes them. The weights are projected.
+      rules: in place of `opt_state`, for weights from elsewhere, which are then projected: a set,
+        rules or a tree of sets, as every transformation takes them.
       others: trees of arrays to save beside the params, by name, such as `{"batch_stats": …}`;
         `load` gives each as one more entry of the outermost dict.
       dtype: the floating dtype in which leaves that are not quantized are saved; None keeps theirs.
 
     Raises:
-      ValueError: if not just one of `opt_state` and `rules` is given, if they do not fit the
-        params, or if there is something that the file cannot hold; it names the leaf.
+      ValueError: if not exactly one of `opt_state` and `rules` is given, if they do not fit the
+        params, or if the file cannot hold something. The message names the leaf.
       ModuleNotFoundError: without safetensors, which `brelax_jax[export]` installs.
 
     Warns:
-      UserWarning: if the weights saved are not the params, as in phase I; it says by how much.
+      UserWarning: if the saved weights differ from the params, as in phase I. It says by how much.
 
     >>> import brelax_jax as brx, jax.numpy as jnp, pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "network.safetensors"
@@ -90,19 +90,19 @@ def save(
 
 
 def load(path: str | os.PathLike[str], packed: bool = False) -> Any:
-    """Loads what `save` saved. Nothing in the file is trusted, and nothing of it is run.
+    """Loads what `save` saved. It trusts nothing in the file, and runs no code from it.
 
     Args:
       path: of the file.
-      packed: whether to keep the codes packed: a `Packed` in the place of each quantized leaf, for
+      packed: whether to keep the codes packed: a `Packed` in place of each quantized leaf, for
         `dequantize` inside a jitted function.
 
     Returns:
-      A nested dict of arrays, by the keys of the leaves' paths; places in sequences are integers.
+      A nested dict of arrays, by the keys of the leaves' paths. Places in lists are integer keys.
 
     Raises:
-      ValueError: if the file is not whole, was altered, contradicts itself or is of a version that
-        is not known; it names the file and what is wrong.
+      ValueError: if the file is incomplete, was altered, contradicts itself or has an unknown
+        version. The message names the file and what is wrong.
       OSError: if there is no such file.
       ModuleNotFoundError: as `save`.
     """
@@ -133,14 +133,14 @@ def _nested(leaves: Iterable[Leaf], values: Iterable[Any]) -> Any:
         for key in above:
             node = _with_room(node, key, leaf).setdefault(key, {})
         if last in _with_room(node, last, leaf):
-            raise ValueError(f"its leaf {leaf.name!r} is there twice, or holds other ones")
+            raise ValueError(f"its leaf {leaf.name!r} is there twice, or contains other leaves")
         node[last] = value
     return tree.get("", {})
 
 
 def _with_room(node: Any, key: str | int, leaf: Leaf) -> Any:
     if not isinstance(node, dict) or type(next(iter(node), key)) is not type(key):
-        raise ValueError(f"its leaf {leaf.name!r} lies inside or beside what it cannot")
+        raise ValueError(f"its leaf {leaf.name!r} cannot lie where its path says")
     return cast("dict[Any, Any]", node)
 
 
@@ -160,7 +160,7 @@ def _quantized(keys: Any, leaf: Quantized, qset: QuantizedSet) -> Leaf:
 
 
 def _write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
+    """Writes a file atomically."""
     place = Path(os.path.realpath(path))
     beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:

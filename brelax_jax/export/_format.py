@@ -24,7 +24,7 @@ from brelax_jax.sets._levels import are_consecutive
 VERSION = 1
 KEY = "brelax_jax"  # of the header's metadata
 ALIGNMENT = 64  # bytes
-NO_SUM = "0" * 64  # in the place of the checksum while it is taken
+NO_SUM = "0" * 64  # in place of the checksum while it is taken
 DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
     "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
@@ -159,9 +159,9 @@ def decode(raw: bytes) -> list[Leaf]:
         )
     digest = header.get("sha256")
     if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
-        raise ValueError(f"its checksum is {digest!r}, which is none")
+        raise ValueError(f"its checksum is {digest!r}, which is not a SHA-256")
     if hashlib.sha256(raw.replace(digest.encode(), NO_SUM.encode(), 1)).hexdigest() != digest:
-        raise ValueError("its checksum is that of other bytes: it was altered; get it anew")
+        raise ValueError("its checksum does not match: it was altered; get the file again")
     leaves = [_read_leaf(entry, tensors) for entry in _typed(header, "leaves", list)]
     if tensors:
         raise ValueError(f"its tensors {sorted(tensors)} belong to no leaf of the header")
@@ -173,7 +173,7 @@ def _read_tensors(raw: bytes) -> dict[str, NumPyArray]:
     try:
         found = safetensors.deserialize(raw)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"it is no whole safetensors file: {error}") from None
+        raise ValueError(f"it is not a complete safetensors file: {error}") from None
     tensors: dict[str, NumPyArray] = {}
     for name, tensor in found:
         if tensor["dtype"] not in DTYPES:
@@ -187,20 +187,20 @@ def _read_header(raw: bytes) -> dict[str, Any]:
     size = int.from_bytes(raw[:8], "little")
     text = (json.loads(raw[8 : 8 + size]).get("__metadata__") or {}).get(KEY)
     if text is None:
-        raise ValueError("it was not saved by brelax_jax.save: its header says nothing of sets")
+        raise ValueError("it was not saved by brelax_jax.save: its header does not describe sets")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header of brelax_jax is no JSON: {error}") from None
+        raise ValueError(f"its header of brelax_jax is not JSON: {error}") from None
     if not isinstance(header, dict):
-        raise ValueError("its header of brelax_jax is no object of JSON")
+        raise ValueError("its header of brelax_jax is not a JSON object")
     return header
 
 
 def _read_leaf(entry: Any, tensors: dict[str, NumPyArray]) -> Leaf:
     """A leaf, whose tensors are taken out of `tensors`."""
     if not isinstance(entry, dict):
-        raise ValueError(f"its header has {entry!r} in the place of a leaf")
+        raise ValueError(f"its header has {entry!r} where a leaf should be")
     keys = tuple(_typed(entry, "path", list))
     if not all(type(key) in (str, int) for key in keys):
         raise ValueError(f"its header has a path {keys!r}, not of strings and integers")
@@ -219,7 +219,7 @@ def _read_granularity(entry: dict[str, Any]) -> Granularity:
     kind = GRANULARITIES.get(entry.get("kind", ""))
     values = {name: value for name, value in entry.items() if name in ("size", "axis")}
     if kind is None or len(values) + 1 != len(entry):
-        raise ValueError(f"it has no known granularity, but {entry!r}")
+        raise ValueError(f"its granularity is not known: {entry!r}")
     return kind(**values)
 
 
@@ -249,7 +249,7 @@ def _read_packed(
     full = 2**planes == packed.levels  # every symbol is one of a level
     largest = 242 if packed.levels == 3 else packed.levels - 1
     if not full and (packed.data if packed.levels == 3 else symbols_of(packed)).max() > largest:
-        raise ValueError("it has codes of levels that there are not")
+        raise ValueError("it has codes that belong to no level")
     return packed
 
 
@@ -280,5 +280,5 @@ def _take(tensors: dict[str, NumPyArray], name: str) -> NumPyArray:
 
 def _typed(entry: dict[str, Any], name: str, kind: type[Any]) -> Any:
     if not isinstance(entry.get(name), kind):
-        raise ValueError(f"its header has {name!r}: {entry.get(name)!r}, no {kind.__name__}")
+        raise ValueError(f"its header has {name!r}: {entry.get(name)!r}, not a {kind.__name__}")
     return entry[name]

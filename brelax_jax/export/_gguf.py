@@ -132,7 +132,7 @@ def gguf_tensor(quantized: Quantized, format: str) -> Bytes:  # noqa: A002
       format: q1_0, q2_0, q4_0, q5_0, q8_0, tq1_0, tq2_0, mxfp4 or nvfp4.
 
     Returns:
-      uint8 of shape (out, bytes a row): a row for each output, blocks along the inputs.
+      uint8 of shape (out, bytes a row): one row for each output, with blocks along the inputs.
 
     Raises:
       ValueError: if the format cannot hold these weights exactly: it lacks a level, its blocks do
@@ -192,7 +192,7 @@ def _fault(parts: Scaled, kind: Format) -> str | None:
 
 
 def _wanted_scale(parts: Scaled, kind: Format) -> NDArray[Any]:
-    """The scales as the format counts them; 1 in the place of 0 where it has none."""
+    """The scales as the format counts them; 1 in place of 0 where it has none."""
     none = 1 if kind.scale_dtype is jnp.float8_e8m0fnu else 0
     return np.where(parts.scale > 0, kind.unit * parts.scale, none)
 
@@ -220,7 +220,7 @@ def write_gguf(
     metadata: Mapping[str, Value],
     tensors: Mapping[str, Any],
 ) -> None:
-    """Writes a GGUF file, atomically: a file that was there stays whole until the new one is.
+    """Writes a GGUF file, atomically: an old file stays whole until the new one replaces it.
 
     Args:
       path: of the file.

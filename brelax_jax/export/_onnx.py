@@ -60,25 +60,25 @@ def quantize_onnx(model: Any, tree: Any, narrowest: str = "int2") -> Any:
     """An ONNX model whose quantized weights are stored as integers, exactly.
 
     Takes any float model whose initializers are these weights, wherever it comes from. Each leaf is
-    found by its bits, also if its axes are in another order, or reshaped. In the place of an
-    initializer come its codes, its scales, and a `DequantizeLinear` that multiplies them out. The
-    product keeps the initializer's name.
+    found by its bits, even if its axes are in another order or it is reshaped. Codes, scales and a
+    `DequantizeLinear`, which multiplies them, replace the initializer. The product keeps its
+    name.
 
     Args:
       model: an `onnx.ModelProto` of `quantized_params`; it is not changed.
       tree: what `brx.quantized_tree(opt_state, params)` gives. Leaves that are no `Quantized` stay
         as they are in the model.
       narrowest: the type with the fewest bits that the runtime supports: "int2", "int4" or "int8".
-        Codes are of the first one from it on that holds their levels.
+        Each leaf gets the narrowest type from there on that holds its levels.
 
     Returns:
       A new model: opset 25 and IR 13 where there are INT2 codes, else at least opset 21 and IR 10.
 
     Raises:
       ModuleNotFoundError: if the package `onnx` is missing.
-      ValueError: if there is nothing to quantize, a leaf is found in no initializer or in several,
-        two leaves are found in the same one, or no integers hold a leaf. The message names the
-        leaf.
+      ValueError: if there is nothing to quantize, if a leaf is found in no initializer or in
+        several, if two leaves are found in the same one, or if no integer type holds a leaf. The
+        message names the leaf.
 
     References:
       onnx/onnx, docs/Operators.md, DequantizeLinear.
@@ -208,7 +208,7 @@ def _with_opset(onnx: Any, model: Any, opset: int) -> Any:
 
 
 def _replace(onnx: Any, graph: Any, stored: dict[str, Stored]) -> None:
-    """Codes, scales and a `DequantizeLinear` in the place of initializers."""
+    """Codes, scales and a `DequantizeLinear` in place of initializers."""
     kept = [tensor for tensor in graph.initializer if tensor.name not in stored]
     others = [each for each in graph.input if each.name not in stored]
     nodes: list[Any] = []

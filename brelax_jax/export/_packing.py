@@ -77,7 +77,7 @@ class Packed:
 
     Binary codes take one bit, ternary ones 1.6, others as many whole bits as tell the levels apart.
     A pytree whose leaves are `data`, `scale` and, where there is one, `spacing`; so it can be an
-    argument of a jitted function, which unpacks it: weights then stay packed in memory.
+    argument of a jitted function that unpacks it. Weights then stay packed in memory.
 
     Attributes:
       data: uint8, of one axis; docs/file-format.md has the layout.
@@ -127,7 +127,7 @@ def pack(quantized: Any) -> Any:
       quantized: a `Quantized`, or a tree with some, as `quantized_tree` gives it.
 
     Returns:
-      A `Packed`, or the tree with one in the place of each `Quantized`; other leaves as they are.
+      A `Packed`, or the tree with one in place of each `Quantized`; other leaves as they are.
 
     Raises:
       ValueError: if there is no `Quantized`.
@@ -151,9 +151,9 @@ def pack(quantized: Any) -> Any:
 
 
 def dequantize(tree: Any) -> Any:
-    """A tree with the weights in the place of each `Packed` and `Quantized`.
+    """A tree with the weights in place of each `Packed` and `Quantized`.
 
-    Call it inside the jitted forward pass, and the weights stay packed between calls.
+    Call it inside the jitted forward pass; then only packed weights stay in memory between calls.
 
     Args:
       tree: any pytree, as `quantized_tree`, `pack` or `load(path, packed=True)` gives it.

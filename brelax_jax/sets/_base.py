@@ -1,4 +1,4 @@
-"""What every quantized set is: levels, a granularity, a scale, and the projection they make."""
+"""What all quantized sets share: levels, granularity, scale rule, and the projection."""
 
 import copy
 import dataclasses
@@ -23,16 +23,16 @@ from brelax_jax.sets._scale_dtype import DTYPES, Scales, name_of
 class QuantizedSet:
     """Q = { s·q : s ≥ 0, q ∈ Lⁿ } for each scale group, with a symmetric level set L.
 
-    The sets of this library derive from it. A new one states its `levels`.
+    The sets of this library derive from it. A new set defines `levels`.
 
     Attributes:
       granularity: which weights share a scale s.
-      rule: how the scale of a group is found: `LeastSquares()`, which is exact, unless told;
+      rule: how the scale of a group is found: `LeastSquares()`, the default, which is exact;
         `MeanMagnitude(factor)`, `MaxMagnitude()` or `Fixed(value)`.
       scale_dtype: the dtype whose normal numbers the scales are, for export: "float16", "bfloat16",
         "float8_e4m3fn" or "float8_e8m0fnu" (powers of two); None for all numbers. Scales are still
-        kept as float32 or wider. Least squares then finds the best scale among them, another rule
-        takes the nearest one. Scales beyond them become the least or the largest.
+        kept as float32 or wider. Least squares finds the best scale among these numbers; another
+        rule takes the nearest. Scales outside their range become the least or the largest.
       levels: L, ascending, at scale 1.
     """
 
@@ -117,8 +117,8 @@ class QuantizedSet:
         """The projection as integer codes and scales; `quantize(w).dequantize()` is `project(w)`,
         bit for bit.
 
-        The scales are found anew. For weights that a transformation put on the set they need not be
-        the ones that it used; `quantized_tree` gives those.
+        The scales are found anew. They may differ from those with which a transformation put the
+        weights on the set; `quantized_tree` gives those.
 
         Args:
           w: floating array of any shape.

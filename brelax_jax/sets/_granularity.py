@@ -72,10 +72,10 @@ class Granularity(Protocol):
 class PerTensor:
     """One scale for the whole array.
 
-    Inside `jax.shard_map`, where the array is one device's part of the weight, `axis_name` names
-    the mesh axis (or a tuple of them) over which the weight is sharded: then all of its parts share
-    one scale. Where no such axis is mapped, as outside of `shard_map`, it has no effect: XLA knows
-    how a whole array is sharded.
+    Inside `jax.shard_map` an array is one device's part of the weight. There, `axis_name` names the
+    mesh axis (or a tuple of them) over which the weight is sharded, so that all of its parts share
+    one scale. Outside of `shard_map` it has no effect, because XLA knows how a whole array is
+    sharded.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Binary(granularity=brx.PerTensor()).quantize(jnp.ones((3, 4))).scale.shape
@@ -139,7 +139,7 @@ class PerBlock:
     """One scale for each `size` consecutive entries along `axis`, for every index of the other
     axes.
 
-    A block lies on one device, so inside `jax.shard_map` there is no axis to name.
+    A block lies on one device, so there is no axis to name inside `jax.shard_map`.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.Binary(granularity=brx.PerBlock(64, axis=0)).quantize(jnp.ones((256, 10))).scale.shape

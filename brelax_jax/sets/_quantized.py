@@ -36,8 +36,8 @@ class Quantized:
       magnitudes: the nonnegative levels, ascending from 0 (which a set without the level 0 lists,
         but never uses).
       dtype: the weight's dtype.
-      spacing: as `scale`, the distance of the points to which weights are rounded; None for no
-        rounding. Params in training are, where the levels are no integers.
+      spacing: shaped like `scale`, the distance of the points to which weights are rounded; None
+        for no rounding. Params in training are rounded if the levels are not integers.
       has_zero: whether 0 is a level, so that a code may be 0.
     """
 
@@ -51,7 +51,7 @@ class Quantized:
     def dequantize(self) -> Array:
         """The weights, of the codes' shape and of `dtype`.
 
-        Bit for bit what `project`, `quantized_params` or whatever else made this returns.
+        Bit for bit what the function that made this returns unquantized, such as `project`.
         """
         codes = self.codes.astype(self.scale.dtype)
         magnitude = at_index(jnp.abs(codes), self.magnitudes)
@@ -70,5 +70,5 @@ class Quantized:
 
 
 def without_negative_zero(w: Array) -> Array:
-    """0 in the place of −0, which no sum of params and updates ends at."""
+    """0 in place of −0, which no sum of params and updates ends at."""
     return jnp.where(w == 0, jnp.zeros_like(w), w)

@@ -1,4 +1,4 @@
-"""What can be read from a state, at any depth of an optimizer's."""
+"""What users read from an optimizer state that holds ours at any depth."""
 
 from typing import Any, NamedTuple, TypeVar
 
@@ -62,8 +62,8 @@ def float_params(opt_state: Any, params: Tree) -> Tree:
 def quantized_params(opt_state: Any, params: Tree) -> Tree:
     """The params to deploy: the float weights projected on their sets, exactly, in every phase.
 
-    Applies the stored scales to the float weights, elementwise. In phase II the params themselves
-    are these, bit for bit.
+    It applies the stored scales to the float weights, elementwise. In phase II it gives the params
+    themselves, bit for bit.
 
     Args:
       opt_state: as for `float_params`.
@@ -90,17 +90,17 @@ def quantized_params(opt_state: Any, params: Tree) -> Tree:
 
 
 def quantized_tree(opt_state: Any, params: Tree) -> Tree:
-    """The params to deploy as codes and scales: what `quantized_params` gives, not multiplied out.
+    """The params to deploy, as codes and scales whose products are `quantized_params`.
 
-    `quantize` of a set finds scales anew, and for deployed params often others. This takes those of
-    the state.
+    It takes the scales of the state. `quantize` of a set finds scales anew, which often differ for
+    deployed params.
 
     Args:
       opt_state: as for `float_params`.
       params: the params that it belongs to.
 
     Returns:
-      The params' tree with a `Quantized` in the place of each quantized leaf, whose `dequantize()`
+      The params' tree with a `Quantized` in place of each quantized leaf, whose `dequantize()`
       is that leaf of `quantized_params`, bit for bit, and the other leaves as they are.
 
     Raises:
@@ -121,10 +121,10 @@ def quantized_tree(opt_state: Any, params: Tree) -> Tree:
 
 
 def with_float_params(opt_state: Tree, params: Any) -> Tree:
-    """A state that goes on from these params: they replace the float weights, all else stays.
+    """A state that goes on from these params: they replace the float weights; all else stays.
 
-    For params that were changed between updates, which the next update would otherwise overwrite:
-    averaged, clipped or restored ones.
+    Use it after you change params between updates, for example by averaging, clipping or restoring.
+    The next update would overwrite such changes otherwise.
 
     Args:
       opt_state: as for `float_params`.

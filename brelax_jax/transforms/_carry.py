@@ -16,10 +16,10 @@ from brelax_jax.transforms._state import BinaryRelaxState, find_states, is_state
 def with_rules(opt_state: Any, params: Any, optimizer: Any) -> Any:
     """A state for another optimizer, with other sets or rules, that goes on from this one.
 
-    For progressive quantization, fewer bits midway, or a new head. What is carried over, by path:
-    the float weights, the base optimizer's state and the count. Leaves that are quantized only now
-    start from `params`; so do leaves that are not quantized any more, and these may want
-    `float_params` as their params. Leaves of other shapes than before start anew.
+    Use it for fewer bits midway, or for a new head. By path it carries over the float weights, the
+    base optimizer's state and the count. Leaves that are quantized only now start from `params`. So
+    do leaves that are no longer quantized; you may want to pass them as `float_params` gives them.
+    Leaves whose shape changed start anew.
 
     Args:
       opt_state: as for `float_params`.

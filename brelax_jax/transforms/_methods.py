@@ -24,7 +24,7 @@ def relax_params(
     """`binary_relax` as the last link of `optax.chain(base, …)`.
 
     The links before it see the pseudo-quantized params: weight decay acts on them, not on the float
-    weights. Where that matters, and in general, use `binary_relax`. Arguments and errors are those
+    weights. Prefer `binary_relax`. Arguments and errors are those
     of `binary_relax`, without `base`.
 
     Returns:
@@ -54,12 +54,12 @@ def binary_connect(
     float_dtype: DTypeLike = "float32",
     track_flips: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """BinaryConnect, the customary baseline: `binary_relax` that projects from the first step on
-    (λ = ∞), with the same arguments and errors otherwise.
+    """BinaryConnect, the customary baseline: `binary_relax` with λ = ∞, so it projects from the
+    first step on. Arguments and errors are otherwise the same.
 
     Returns:
-      A transformation. In effect the straight-through estimator: gradients at the quantized weights
-      move the float ones.
+      A transformation. It is the straight-through estimator: gradients at the quantized weights
+      move the float weights.
 
     References:
       Courbariaux et al., BinaryConnect, 2015 (arXiv 1511.00363).

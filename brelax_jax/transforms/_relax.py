@@ -74,32 +74,32 @@ def binary_relax(
 
     Args:
       base: the optimizer. It sees the float weights as its `params`, and gradients in their dtype.
-      qset: one set for all kernels (floating leaves of rank 2 or more whose last name is not bias,
-        scale or embedding), the rules of `select`, or, as `optax.partition` takes labels, a tree of
-        sets and None like the params, or a function from params to one (inside
-        `inject_hyperparams`, which takes functions for schedules: `select(function)`). There a set
-        in the place of a leaf is for that leaf, and in the place of a subtree for its kernels.
-      lam: λ ≥ 0, or a schedule from the step count (0 at the first update) to λ. 0 is float
-        training, ∞ phase II. What a schedule gives below 0 counts as 0. Or a `Continuation`, which
-        sets `hard_from` too.
-      hard_from: the step count from which on the projection is exact; None for never. Set the
-        learning rate of phase II beside it: it should be small.
+      qset: one set for all kernels (docs/different_layers.md says what a kernel is); or the rules
+        of `select`; or, as `optax.partition` takes labels, a tree of sets and None like the params,
+        or a function from params to such a tree. A set at a leaf is for that leaf, and a set at a
+        subtree is for its kernels. Inside `inject_hyperparams`, which takes functions for
+        schedules, write `select(function)`.
+      lam: λ ≥ 0; or a schedule from the step count (0 at the first update) to λ; or a
+        `Continuation`, which sets `hard_from` too. 0 is float training, ∞ is phase II. If a
+        schedule gives less than 0, that counts as 0.
+      hard_from: the step count at which phase II begins; None for never. The learning rate should
+        be small from there on.
       float_dtype: the least dtype of the float weights, of 16 bits or more; wider params keep their
         own.
       track_flips: whether the state keeps the codes before the last update, one int8 a weight, for
         the share of flips in `metrics`.
-      proximal_map: how phase I pulls the float weights, `Relaxation()` unless told:
-        `PiecewiseAffine()` (see `parq`), `SoftThreshold(updates_float_params=True)` (ProxQuant). λ
-        is theirs.
+      proximal_map: how phase I pulls the float weights: `Relaxation()`, the default;
+        `PiecewiseAffine()` (see `parq`); or `SoftThreshold(updates_float_params=True)` (ProxQuant).
+        λ is the parameter of this map.
 
     Returns:
-      A transformation whose `update` needs `params` and forwards extra arguments to `base`. Edits
-      to params between updates are overwritten by the next one; see `with_float_params`.
+      A transformation whose `update` needs `params` and forwards extra arguments to `base`. The
+      next update overwrites edits to params between updates; see `with_float_params`.
 
     Raises:
-      ValueError: if an argument is not of the kind described, or `lam` or `hard_from` negative; at
-        `init`, if the sets do not fit the params; at `update`, if `params` is missing or the state
-        was made for other params or sets.
+      ValueError: if an argument is not of the kind described, or if `lam` or `hard_from` is
+        negative. At `init`, if the sets do not fit the params. At `update`, if `params` is missing
+        or the state was made for other params or sets.
 
     References:
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), algorithm 1.
@@ -257,7 +257,7 @@ def _last_codes(
     """The codes before this update if flips are tracked, and a scalar that is true once they are
     computed.
 
-    XLA writes new float weights in the place of the old ones. It would copy these first, because it
+    XLA writes new float weights in place of the old ones. It would copy these first, because it
     does not see that their codes can be read before.
     """
 

@@ -1,7 +1,7 @@
 """Before the first update: training starts from the params that it is given.
 
-Weights may be loaded between `init` and the first update. So until then the state's own float
-weights do not count, and its scales are blank.
+Weights may be loaded between `init` and the first update. Until then the float weights in the
+state do not count, and its scales are blank.
 """
 
 import functools
@@ -37,7 +37,7 @@ def float_copy(p: ArrayLike, float_dtype: DTypeLike) -> Array:
 
 
 def blank_fit(qset: QuantizedSet, y: Array) -> Fit:
-    """Zeros in the place of the scales of y, laid out over devices as the scales will be."""
+    """Zeros in place of the scales of y, laid out over devices as the scales will be."""
     if isinstance(y, jax.core.Tracer) or len(y.devices()) > 1:
         return _reduced_zeros(qset, y)
     shape, dtype = qset.granularity.groups(y.shape).scale, compute_dtype(y.dtype)

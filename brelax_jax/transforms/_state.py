@@ -67,7 +67,7 @@ class BinaryRelaxState(_Fields):
 
     Attributes:
       base_state: the state of the base optimizer.
-      float_params: the float weights y, in the params' tree; `optax.MaskedNode` in the place of
+      float_params: the float weights y, in the params' tree; `optax.MaskedNode` in place of
         leaves that are not quantized.
       scales: a dict of the scales of each group, by the path of the leaf; 0 before the first
         update.
@@ -136,7 +136,7 @@ def sets_of(state: BinaryRelaxState, params: Any) -> dict[str, QuantizedSet]:
     chosen = state.sets.selection.choose(params) if paths and state.sets.selection else {}
     if lost := [path for path in paths if path not in chosen]:
         raise ValueError(
-            f"The state has float weights for {lost[0]!r}, but its rules select it no more. "
+            f"The state has float weights for {lost[0]!r}, but its rules no longer select it. "
             "Outside of shard_map, make the state with `init` and update it once."
         )
     return {path: chosen[path] for path in paths}

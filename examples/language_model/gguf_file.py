@@ -30,7 +30,7 @@ def formats(settings: Settings) -> tuple[str, ...]:
 
 
 def deployed(params: Any) -> Any:
-    """The params with a `Quantized` in the place of each ternary kernel, one scale for each output.
+    """The params with a `Quantized` in place of each ternary kernel, one scale for each output.
 
     Scales become the nearest float16 values, which is what the formats hold.
     """
@@ -48,7 +48,7 @@ def multiplied_out(network: Any) -> Any:
 
 
 def map_kernels(function: Callable[[Any], Any], params: Any) -> Any:
-    """`params` with function(kernel) in the place of each kernel of a block."""
+    """`params` with function(kernel) in place of each kernel of a block."""
     mapped = {name: dict(part) for name, part in params.items()}
     for name in mapped:
         if name.startswith("block_"):

@@ -99,7 +99,7 @@ class ResNet(Network):
         between stages. For small images the shortcuts skip every other pixel and pad with channels
         of zeros.
       bottleneck: blocks of three convolutions, of 1, 3 and 1 px, the last with four times the
-        width, in the place of two of 3 px.
+        width, in place of two of 3 px.
     """
 
     depths: Sequence[int] = ()

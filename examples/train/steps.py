@@ -99,7 +99,7 @@ class Trainer:
         total = Sums()
         size = -(-min(500, len(split)) // self._rows) * self._rows
         places = [np.arange(start, start + size) for start in range(0, len(split), size)]
-        last = len(split) - 1  # in the place of what is past the end, not counted
+        last = len(split) - 1  # in place of what is past the end, not counted
         parts = split.batches(np.minimum(indices, last) for indices in places)
         for indices, part in zip(places, parts, strict=True):
             total = total.plus(

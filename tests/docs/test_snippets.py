@@ -55,10 +55,18 @@ def test_no_snippet_is_overlooked(page):
     assert not re.findall(r"^ {4}.*\b(?:brx|jax|optax)\.\w+\(.*$", prose(page), re.M)
 
 
-def test_the_rules_of_the_readme_fit_its_network():
+def test_the_rules_fit_their_network():
     """A rule for which there is no leaf is an error."""
-    names = run("README.md")
+    names = run("docs/getting_started.md")
     jax.eval_shape(brx.binary_relax(optax.sgd(0.1), names["rules"], 1.0).init, names["params"])
+
+
+def test_the_program_of_the_readme_learns_and_ends_binary():
+    names = run("README.md")
+    correct = names["model"].apply(names["params"], names["test_x"]).argmax(-1) == names["test_y"]
+    assert correct.mean() > 0.94
+    for layer in names["params"]["params"].values():
+        assert len(np.unique(layer["kernel"])) == 2
 
 
 @pytest.mark.parametrize(

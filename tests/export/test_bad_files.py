@@ -59,23 +59,32 @@ def renamed(*path):
 SIZE = int.from_bytes(file()[:8], "little")
 HUGE = {"dtype": "U8", "shape": [2**62], "data_offsets": [0, 2**62]}
 CASES = {
-    "empty": (lambda: b"", "no whole safetensors file"),
-    "a length beyond the file": (lambda: (2**40).to_bytes(8, "little") + file()[8:], "no whole"),
-    "truncated": (lambda: file()[:-1], "no whole safetensors file"),
-    "longer": (lambda: file() + b"1", "no whole safetensors file"),
+    "empty": (lambda: b"", "not a complete safetensors file"),
+    "a length beyond the file": (
+        lambda: (2**40).to_bytes(8, "little") + file()[8:],
+        "not a complete",
+    ),
+    "truncated": (lambda: file()[:-1], "not a complete safetensors file"),
+    "longer": (lambda: file() + b"1", "not a complete safetensors file"),
     "altered": (lambda: file()[:-1] + bytes([file()[-1] ^ 1]), "it was altered"),
-    "a tensor beyond the file": (lambda: with_tensors(**{"layers/1/w:codes": HUGE}), "no whole"),
+    "a tensor beyond the file": (
+        lambda: with_tensors(**{"layers/1/w:codes": HUGE}),
+        "not a complete",
+    ),
     "of another program": (lambda: save({"w": np.ones(2)}), "was not saved by brelax_jax.save"),
     "a version to come": (lambda: with_header(version=2), "of version 2 .*reads 1; upgrade"),
     "no version": (lambda: with_header(version=None), "of version None"),
-    "no leaves": (lambda: with_header(leaves=None), "'leaves': None, no list"),
-    "no leaf": (lambda: with_header(leaves=["x"]), "'x' in the place of a leaf"),
+    "no leaves": (lambda: with_header(leaves=None), "'leaves': None, not a list"),
+    "no leaf": (lambda: with_header(leaves=["x"]), "'x' where a leaf should be"),
     "a path of objects": (lambda: changed(BIAS, path=[{}]), "not of strings and integers"),
     "a leaf of no tensor": (lambda: changed(BIAS, path=["b"]), "no tensor 'b'"),
     "a leaf twice": (doubled, "no tensor 'conv/kernel:codes', or two"),
-    "a leaf around a leaf": (lambda: renamed("conv"), "is there twice, or holds other ones"),
-    "a leaf inside a leaf": (lambda: renamed("conv", "kernel", "b"), "lies inside or beside"),
-    "keys of two types": (lambda: renamed("layers", "b"), "lies inside or beside"),
+    "a leaf around a leaf": (lambda: renamed("conv"), "is there twice, or contains other leaves"),
+    "a leaf inside a leaf": (
+        lambda: renamed("conv", "kernel", "b"),
+        "cannot lie where",
+    ),
+    "keys of two types": (lambda: renamed("layers", "b"), "cannot lie where"),
     "a tensor of no leaf": (lambda: with_header(leaves=[]), "belong to no leaf"),
     "a shape of more": (lambda: changed(BINARY, shape=[2**40, 2**40]), "take .* bytes, but"),
     "a shape of less": (lambda: changed(BINARY, shape=[1, 4]), "take 1 bytes, but"),
@@ -106,11 +115,11 @@ CASES = {
     ),
     "ternary codes of no level": (
         lambda: with_bytes("layers/0/w:codes", np.array([243, 0, 0], "u1")),
-        "codes of levels that there are not",
+        "codes that belong to no level",
     ),
     "4-bit codes of no level": (
         lambda: with_bytes("layers/1/w:codes", np.full(8, 255, "u1")),
-        "codes of levels that there are not",
+        "codes that belong to no level",
     ),
 }
 

@@ -54,7 +54,7 @@ def test_a_bad_file_is_an_error_in_one_line(path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     first, second = printed.err.splitlines()
-    assert first.startswith(f"{path}: it is no whole safetensors file")
+    assert first.startswith(f"{path}: it is not a complete safetensors file")
     assert "No such file" in second
 
 

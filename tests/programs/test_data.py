@@ -118,7 +118,7 @@ def test_cifar10_if_it_is_there():
     try:
         cifar = data.load("cifar10", image_size=16, train_examples=1000, progress=False)
     except FileNotFoundError:
-        pytest.skip("CIFAR-10 is not prepared on this machine: README says how to download it")
+        pytest.skip("CIFAR-10 is not prepared on this machine: docs/training.md says how")
     assert cifar.train.images.shape == (1000, 16, 16, 3)
     assert cifar.test.images.shape == (10000, 16, 16, 3)
     assert np.bincount(cifar.test.labels).tolist() == [1000] * 10
