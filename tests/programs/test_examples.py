@@ -12,10 +12,11 @@ import pytest
 
 import brelax_jax as brx
 from examples import demo
+from examples.runs import events, plots, report
 from examples.runs.log import Log, read
 from examples.runs.progress import Progress
 from examples.train import __main__ as train
-from examples.train import deploy, events, loop, plots, report
+from examples.train import deploy, loop
 from examples.train.checkpoints import Checkpoints
 from examples.train.config import Config
 from examples.train.data import load as data
