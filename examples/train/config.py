@@ -53,7 +53,7 @@ class Config:
     set: str = setting(
         "binary",
         "quantization",
-        "binary, ternary, ternary-threshold, uniform2..8, power2..5 or levels:-3,-1,1,3",
+        "binary, ternary, ternary-threshold, uniform2..8, power2..5, or as levels:-3,-1,1,3",
     )
     granularity: str = setting(
         "tensor",
