@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="runs/demo",
         help="directory of the runs; what is there is replaced [%(default)s]",
     )
-    parser.add_argument("--epochs", type=int, default=30, help="of each run [%(default)s]")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of each run [%(default)s]")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     runs = configs(options.out, options.epochs)

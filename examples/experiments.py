@@ -77,9 +77,11 @@ def main(given: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("pattern", nargs="?", help="names, with * and ?; without: all")
-    parser.add_argument("--seed", type=int, default=0, help="of each run [%(default)s]")
-    parser.add_argument("--runs", default="runs/published", help="their directory [%(default)s]")
+    parser.add_argument("pattern", nargs="?", help="names to print, with * and ?; all if left out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of each run [%(default)s]")
+    parser.add_argument(
+        "--runs", default="runs/published", help="directory of the runs [%(default)s]"
+    )
     options, more = parser.parse_known_args(given)
     names = fnmatch.filter(NAMES, options.pattern or "*")
     if not names:

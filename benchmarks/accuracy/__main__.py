@@ -1,10 +1,10 @@
-"""Methods × sets × seeds on CIFAR-10, equal in all but the method: `python -m benchmarks.accuracy`.
+"""Compares methods, sets and seeds on CIFAR-10: `python -m benchmarks.accuracy`.
 
-Every run starts from the float run of its seed, which is trained first. A run is a directory in
-runs/accuracy, with a checkpoint an epoch, and in the end a line of its study in results/accuracy:
-so a grid that is interrupted, anywhere, goes on with the same command. Several processes may share
-the work, best with seeds of their own. `--report` draws tables and plots from the lines alone.
-JSON files of one run each, as earlier versions wrote them, become such lines.
+Runs differ only in the method. Each starts from the float run of its seed, which is trained first.
+A run is a directory in runs/accuracy with a checkpoint for each epoch, and at the end one line in
+the file of its study in results/accuracy. If it is interrupted, the same command goes on. Several
+processes may share the work, best with different seeds. `--report` draws tables and plots from the
+lines alone. JSON files of one run each, as earlier versions wrote them, become such lines.
 """
 
 import argparse
@@ -31,7 +31,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", default=MAIN, metavar="NAME", help=f"of {', '.join(METHODS)}")
     add("--sets", default=tuple(SETS), metavar="NAME", help=f"{', '.join(SETS)}, or others")
     add("--seeds", type=int, default=[0, 1, 2], metavar="N")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of every run [10]")
+    parser.add_argument(
+        "--epochs", type=int, default=10, metavar="N", help="epochs of every run [10]"
+    )
     parser.add_argument("--granularity", default="tensor", help="weights that share a scale")
     add("--override", default=[], metavar="NAME=VALUE", help="settings of every run")
     parser.add_argument("--runs", default="runs/accuracy", metavar="DIRECTORY")

@@ -52,8 +52,8 @@ class TernaryThreshold(QuantizedSet):
     """{0, ±s} by the rule of ternary weight networks: nonzero where |w| > factor·mean |w|, s the
     mean of |w| there.
 
-    A short name for `Ternary(rule=MeanMagnitude(2 * factor))`. Cheaper than least squares and close
-    to it for normal weights; not the nearest point of the set.
+    A short name for `Ternary(rule=MeanMagnitude(2 * factor))`. It is cheaper than least squares and
+    close to it for normal weights, but not the nearest point of the set.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
     >>> brx.TernaryThreshold().project(jnp.array([0.1, -1.0, 3.0, 2.0]))

@@ -66,11 +66,12 @@ def binary_relax(
         w = proj_Q(y)                                       from it on (phase II)
 
     In phase II every scale group of the params holds at most as many distinct values as the set has
-    levels, bit for bit, under plain `optax.apply_updates`, and equals `quantized_params`: from
-    `hard_from` on if at least eight updates came before it, else from the third such update. There
-    a scale that jumps more than 16-fold in one step (twofold for 16-bit params) is held back for
-    that step. The 16-bit dtypes hold few scales for many levels: with bfloat16 params Uniform(7),
-    Uniform(8) and PowerOfTwo(5) get powers of two, and may miss where one changes.
+    levels, bit for bit, under plain `optax.apply_updates`. The params then equal
+    `quantized_params`. This holds from `hard_from` on if at least eight updates came before it,
+    else from the third such update. In phase II a scale that jumps more than 16-fold in one step
+    (twofold for 16-bit params) is held back for that step. A 16-bit dtype holds few scales for many
+    levels: with bfloat16 params, Uniform(7), Uniform(8) and PowerOfTwo(5) get powers of two as
+    scales, and may miss the set in a step in which a scale changes.
 
     Args:
       base: the optimizer. It sees the float weights as its `params`, and gradients in their dtype.

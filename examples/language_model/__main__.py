@@ -1,9 +1,9 @@
 """A ternary language model: a small transformer that writes Shakespeare, character by character.
 
-For each seed a float network is trained. From its weights start a network whose kernels become
-ternary by BinaryRelax, one scale for each output channel, and, to compare with it, one by
-BinaryConnect and the float network with as many further steps; beside them stands the float network
-made ternary at once. In the end: bits per character (fewer are better), and what each one writes.
+For each seed it trains a float network. Three networks start from its weights: one whose kernels
+become ternary by BinaryRelax, with one scale for each output channel; one by BinaryConnect; and a
+float one with as many further steps. The float network made ternary at once is compared too. At the
+end it prints bits per character (fewer are better), and what each network writes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     """The settings, and the options beside them (`seeds`, `out`, `resume`, …)."""
     parser = argparse.ArgumentParser(prog="python -m examples.language_model", description=__doc__)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="of the runs [0]"
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds of the runs [0]"
     )
     parser.add_argument(
         "--out", default="runs/language-model", help="directory of the runs [%(default)s]"
@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
         "--export-gguf",
         type=Path,
         metavar="FILE",
-        help="write the first seed's BinaryRelax as FILE-f32.gguf, and so ternary and in 4 bits",
+        help="write the first seed's BinaryRelax network as float32, ternary and 4-bit files",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for field in dataclasses.fields(Settings):

@@ -14,9 +14,9 @@ class Settings:
     """What a run computes."""
 
     architecture: str = setting(
-        "llama", "model", "runs in llama.cpp, or is older and smaller", ("llama", "alibi")
+        "llama", "model", "llama runs in llama.cpp; alibi is older and smaller", ("llama", "alibi")
     )
-    width: int = setting(128, "model", "numbers that stand for a character")
+    width: int = setting(128, "model", "size of the vector of a character")
     layers: int = setting(4, "model", "blocks of attention and dense layers")
     heads: int = setting(4, "model", "heads of each attention")
     context: int = setting(64, "model", "characters that a prediction may look at")
@@ -27,7 +27,10 @@ class Settings:
     lr: float = setting(4e-3, "training", "highest learning rate")
     weight_decay: float = setting(0.01, "training", "AdamW's, on the float weights")
     set: str = setting(
-        "ternary-threshold", "quantization", "by threshold, or the nearest ternary", tuple(SETS)
+        "ternary-threshold",
+        "quantization",
+        "scale by the threshold rule, or the nearest ternary matrix",
+        tuple(SETS),
     )
     shape: str = setting(
         "geometric", "quantization", "growth of λ", ("geometric", "linear", "cosine", "sigmoid")

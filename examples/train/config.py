@@ -25,13 +25,13 @@ class Config:
         0.1, "data", "share of the training split held out to choose settings on; 0: none"
     )
     augment: bool = setting(
-        True, "data", "random shifts, or crops of a stream, and flips of colour images"
+        True, "data", "shift images at random (crop those of a stream), and flip colour images"
     )
     stream: str = setting(
         "auto",
         "data",
-        "read and decode images as they are needed, by threads; auto: if all of them take over "
-        "4 GiB. Training images are then random resized crops",
+        "read and decode images in threads while training, as random resized crops; auto: if all "
+        "images take more than 4 GiB",
         ("auto", "yes", "no"),
     )
 
@@ -65,8 +65,8 @@ class Config:
     tolerance: float = setting(
         0.0,
         "quantization",
-        "how far the squared error of a scale may be above the least, relative, before it is "
-        "searched for anew; for sets of three levels and more",
+        "keep the previous scale, refitted, while its squared error is within this relative "
+        "distance of the optimum; for sets of three or more levels",
     )
     first: str = setting(
         "same", "quantization", "the first layer's set: same, float, or a set's name"
@@ -92,30 +92,28 @@ class Config:
     hard_from: float | None = setting(
         None,
         "quantization",
-        "epoch from which on weights are exactly quantized, phase II (three quarters of epochs)",
+        "epoch at which phase II begins: weights are exactly quantized (three quarters of epochs)",
     )
-    hard_lr: float | None = setting(
-        None, "quantization", "the most that the learning rate may be in phase II"
-    )
+    hard_lr: float | None = setting(None, "quantization", "limit of the learning rate in phase II")
 
     epochs: int = setting(30, "training", "passes over the training split")
     batch: int = setting(128, "training", "images in a step")
     lr: float = setting(0.1, "training", "learning rate at the start")
     lr_schedule: str = setting(
-        "cosine", "training", "cosine to 0, or a tenth at each drop", ("cosine", "drops")
+        "cosine", "training", "cosine to 0, or divided by ten at each drop", ("cosine", "drops")
     )
     lr_drops: tuple[float, ...] = setting((), "training", "epochs of the drops, as in 80,140")
     momentum: float = setting(0.9, "training", "momentum of SGD")
     weight_decay: float = setting(1e-4, "training", "L2 weight decay, on the float weights")
     warm_start: str | None = setting(
-        None, "training", "directory of the run from whose weights to start"
+        None, "training", "start from the weights of the run in this directory"
     )
     seed: int = setting(0, "training", "seed of the weights, the order and the augmentation")
 
     mesh: str = setting(
         "1x1",
         "training",
-        "devices, DATAxMODEL: batches are laid over the first, output channels over the second",
+        "devices, DATAxMODEL: batches are split over the first, output channels over the second",
     )
 
     out: str | None = setting(
@@ -127,16 +125,16 @@ class Config:
     statistics_batches: int = setting(
         20,
         "output",
-        "training batches to re-estimate the batch statistics of quantized weights from",
+        "number of training batches for re-estimating the batch statistics of quantized weights",
     )
     metrics_every: int | None = setting(
         None,
         "output",
-        "steps from one line of metrics of the layers to the next (an epoch); 0: none, which saves "
-        "a byte a weight, and reading and writing it in each step",
+        "log metrics of the layers every so many steps (an epoch); 0: never, which saves a byte a "
+        "weight, and reading and writing it in each step",
     )
     tensorboard: bool = setting(
-        False, "output", "also write the log as TensorBoard's event file, beside it"
+        False, "output", "also write the log as an event file for TensorBoard"
     )
 
     @property
