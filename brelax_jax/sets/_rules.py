@@ -67,9 +67,9 @@ class LeastSquares(ScaleRule):
 
     Attributes:
       tolerance: in training, how far the squared error may be above the least one, relative, before
-        a scale is searched for anew; until then that of the same codes follows the weights. 0
-        always takes the least, and may jump from one step to the next (docs/projections.md).
-        `project` and `quantize` see no step before, and take the least in any case.
+        a new scale is searched for. Until then the codes' own scale follows the weights. With 0 the
+        scale is always the best one, and may jump from one step to the next (docs/projections.md).
+        `project` and `quantize` always take the best scale, because they see no step before.
 
     Raises:
       ValueError: if `tolerance` is not a number from 0 to less than 1; in a set whose scale is a
