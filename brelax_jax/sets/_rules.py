@@ -161,9 +161,16 @@ class MeanMagnitude(ScaleRule):
         if len(magnitudes) == 1:  # all codes are the same, whatever places them
             return Fit(jnp.where(jnp.isfinite(mean), mean / magnitudes[0], jnp.nan))
         q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
-        gain = mean_magnitude(w * (q / magnitudes[-1]), group)
-        norm = group.mean(jnp.square(q)) / magnitudes[-1]
-        scale = gain / jnp.where(norm > 0, norm, 1)
+        size = float(group.size(w))
+        unit = jnp.where(mean < jnp.finfo(w.dtype).max / (2 * size), 1, 2.0**-32)  # no overflow
+        gain, norm = lax.platform_dependent(
+            jnp.abs(w) * unit * (q / magnitudes[-1]),
+            jnp.square(q),
+            cpu=lambda *parts: tuple(map(group.sum, parts)),
+            default=group.sums,
+        )
+        norm = norm / size / magnitudes[-1]
+        scale = gain / size / jnp.where(norm > 0, norm, 1) / unit
         return Fit(jnp.where(jnp.isnan(at), at, scale), at)
 
 
@@ -243,8 +250,7 @@ def _mean_by_other_passes(group: Group, w: Array) -> Array:
 def mean_at_once(group: Group, w: Array) -> Array:
     """By a sum that is exact and one that does not overflow: a branch would copy the weights."""
     size = float(group.size(w))
-    # What is fused with a reduction is not written in place of what it was computed from.
-    a = jnp.abs(lax.optimization_barrier(w))
-    total, small = group.sum(a), group.sum(a * 2.0**-32)
+    a = jnp.abs(w)
+    total, small = group.sums(a, a * 2.0**-32)
     large = jnp.minimum(small / size, jnp.finfo(w.dtype).max * 2.0**-32) * 2.0**32
     return jnp.where(jnp.isfinite(total), total / size, jnp.where(jnp.isinf(small), small, large))

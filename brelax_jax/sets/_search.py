@@ -30,7 +30,7 @@ import numpy as np
 from jax import Array, lax
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._weights import Unit, Weights, error, gain_of, refitted
+from brelax_jax.sets._weights import Unit, Weights, error, gains, refitted
 
 INTERVALS = 4  # to begin with, geometrically spaced
 STACK = 8  # scales ahead that are remembered
@@ -89,7 +89,7 @@ class Problem(NamedTuple):
 
     def refitted(self, scale: Array) -> Array:
         """The least-squares scale for the codes that are nearest at `scale`."""
-        return refitted(scale, gain_of(self.a, scale, self.magnitudes, self.group))
+        return refitted(scale, *map(self.group.sum, gains(self.a, scale, self.magnitudes)))
 
 
 class Search(NamedTuple):

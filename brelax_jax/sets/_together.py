@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from brelax_jax._tree import fold_leaves
 from brelax_jax.sets._group import Group
+from brelax_jax.sets._joined import MOST_GROUPS, Layout, can_be_joined
 from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._search import (
     ROUNDS,
@@ -37,9 +37,8 @@ from brelax_jax.sets._search import (
     searched_scale,
 )
 from brelax_jax.sets._small_groups import is_small, small_scales
-from brelax_jax.sets._weights import Unit, Weights, errors, gain_of, refitted
+from brelax_jax.sets._weights import Unit, Weights, errors, gains, refitted
 
-MOST_GROUPS = 4096  # of one array, for its groups to be joined with those of others
 LEAST_ENTRIES = 1024  # of a group of such an array, for several scales a round
 
 
@@ -139,7 +138,7 @@ def _at_once(
     magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
 ) -> list[Array]:
     arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
-    joined = [i for i, x in enumerate(arrays) if _can_be_joined(x)]
+    joined = [i for i, x in enumerate(arrays) if can_be_joined(_numbers(x)[0])]
     members = [joined] if joined else []
     members += [[i] for i in range(len(arrays)) if i not in joined]
     parts = [Part.of(magnitudes, [arrays[i] for i in each]) for each in members]
@@ -148,47 +147,6 @@ def _at_once(
     for each, part, search in zip(members, parts, searches, strict=True):
         scales |= zip(each, part.scales(search.best[0]), strict=True)
     return [scales[i] for i in range(len(arrays))]
-
-
-def _can_be_joined(weights: Weights) -> bool:
-    """Whether the numbers of an array's groups may become a part of one vector.
-
-    XLA would move those of arrays that are sharded differently, and where it decides on the
-    sharding that is not known here.
-    """
-    groups, _ = _numbers(weights)
-    mesh = jax.sharding.get_abstract_mesh()
-    is_local = jax.device_count() == 1 or set(mesh.manual_axes) == set(mesh.axis_names) != set()
-    return groups == 1 or (is_local and groups <= MOST_GROUPS)
-
-
-class Layout(NamedTuple):
-    """How the numbers of the groups of some arrays lie side by side.
-
-    Attributes:
-      views: the shape of the scales of each array, as they broadcast against it.
-    """
-
-    views: tuple[tuple[int, ...], ...]
-
-    def join(self, parts: Sequence[Array]) -> Array:
-        """The numbers of all arrays, each of its view's shape, perhaps after other axes.
-
-        One array's keep their shape: it may be sharded.
-        """
-        if len(self.views) == 1:
-            return parts[0]
-        pairs = zip(parts, self.views, strict=True)
-        vectors = [x.reshape(*x.shape[: x.ndim - len(view)], -1) for x, view in pairs]
-        return jnp.concatenate(vectors, axis=-1)
-
-    def split(self, joined: Array) -> list[Array]:
-        """The reverse of `join`."""
-        if len(self.views) == 1:
-            return [joined]
-        ends = np.cumsum([math.prod(view) for view in self.views])[:-1].tolist()
-        pairs = zip(jnp.split(joined, ends, axis=-1), self.views, strict=True)
-        return [x.reshape(*x.shape[:-1], *view) for x, view in pairs]
 
 
 class Part(NamedTuple):
@@ -233,12 +191,18 @@ class Part(NamedTuple):
         found = self.each(lambda a, g, s: errors(a, s, self.magnitudes, g), scales)
         return jnp.stack([scales, found])
 
-    def bounds(self) -> tuple[Array, Array]:
-        mean = self.each(lambda a, group: group.mean(a))
+    def energy_and_mean(self) -> Array:
+        """The sum of a² of each group, and the mean of a, along a first axis."""
+
+        def sums(a: Array, group: Group) -> Array:
+            return jnp.stack(group.sums(jnp.square(a), a / group.size(a)))
+
+        return self.each(sums)
+
+    def bounds(self, mean: Array) -> tuple[Array, Array]:
         return bounds(self.magnitudes, mean, self.unit.divided(self.peak), self.unit)
 
-    def goal(self) -> Goal:
-        energy = self.each(lambda a, group: group.sum(jnp.square(a)))
+    def goal(self, energy: Array) -> Goal:
         least = jnp.full_like(energy, TOLERANCE)
         none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
         if self.arrays[0].kept is None:
@@ -253,7 +217,11 @@ class Part(NamedTuple):
 
     def refitted(self, scale: Array) -> Array:
         """The least-squares scale for the codes that are nearest at a scale."""
-        return refitted(scale, self.each(lambda a, g, s: gain_of(a, s, self.magnitudes, g), scale))
+
+        def sums(a: Array, group: Group, s: Array) -> Array:
+            return jnp.stack(group.sums(*gains(a, s, self.magnitudes)))
+
+        return refitted(scale, *self.each(sums, scale))
 
     def scales(self, best: Array) -> list[Array]:
         """The scales of the weights, from the best ones in their units."""
@@ -282,8 +250,9 @@ class Search(NamedTuple):
 
 def branch_and_bound(parts: Sequence[Part], shape: Shape) -> tuple[Search, ...]:
     """The searches of some parts at their end, in one loop."""
-    goals = [part.goal() for part in parts]
-    ends = [part.bounds() for part in parts]
+    sums = [part.energy_and_mean() for part in parts]
+    goals = [part.goal(energy) for part, (energy, _) in zip(parts, sums, strict=True)]
+    ends = [part.bounds(mean) for part, (_, mean) in zip(parts, sums, strict=True)]
 
     def is_uncertain(searches: tuple[Search, ...]) -> Array:
         any_open = [jnp.any(each.left[0, 0] < each.right[0, 0]) for each in searches]

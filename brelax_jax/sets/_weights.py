@@ -99,17 +99,17 @@ def error(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> 
     return group.sum(jnp.square(_residual(a, scale, magnitudes)))
 
 
-def gain_of(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
-    """⟨q, a − s·q⟩ and ⟨q, q⟩ of each group, along a first axis: for the codes q that are nearest
-    at s, the least-squares scale is above s by their quotient.
+def gains(a: Array, scale: Array, magnitudes: Sequence[float]) -> tuple[Array, Array]:
+    """q·(a − s·q) and q·q of each entry: for the codes q that are nearest at s, the least-squares
+    scale is above s by the quotient of their sums.
     """
     q = at_index(level_index(a, scale, magnitudes), magnitudes)
-    return jnp.stack([group.sum(q * (a - scale * q)), group.sum(jnp.square(q))])
+    return q * (a - scale * q), jnp.square(q)
 
 
-def refitted(scale: Array, gain: Array) -> Array:
-    """The least-squares scale of codes from their `gain_of`."""
-    return scale + gain[0] / jnp.where(gain[1] > 0, gain[1], 1)
+def refitted(scale: Array, gain: Array, norm: Array) -> Array:
+    """The least-squares scale of codes from the sums of their `gains`."""
+    return scale + gain / jnp.where(norm > 0, norm, 1)
 
 
 def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:

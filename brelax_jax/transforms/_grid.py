@@ -27,7 +27,6 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from brelax_jax.sets import Fit, QuantizedSet
-from brelax_jax.sets._fit import largest_scale
 
 LANDING = 2  # updates that it takes from anywhere onto the grid
 LEAD = 4  # and of phase I that do
@@ -104,20 +103,21 @@ def _leading_bit(x: Array) -> Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, integer) & mask, x.dtype)
 
 
-def round_fit(fit: Fit, y: Array, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
-    """The fit of y with its scale on the grid."""
-    grid = grid_of(fit.scale, qset, dtype)
+def rounded_scale(
+    qset: QuantizedSet, dtype: DTypeLike, scale: Array, most: Array | None = None
+) -> Array:
+    """A scale on its grid, and no larger than `most`."""
+    grid = grid_of(scale, qset, dtype)
     unit = 2.0 ** _Shape.of(qset, dtype).fraction
     density, spacing = grid.density / unit, grid.spacing * unit
-    scale = jnp.round(fit.scale * density) * spacing
-    most = largest_scale(qset, y, fit.scale, dtype)
-    if most is not None:
-        scale = jnp.where(scale > most, jnp.floor(most * density) * spacing, scale)
-    return fit._replace(scale=scale)
+    rounded = jnp.round(scale * density) * spacing
+    if most is None:
+        return rounded
+    return jnp.where(rounded > most, jnp.floor(most * density) * spacing, rounded)
 
 
 def scale_digits(qset: QuantizedSet, dtype: DTypeLike) -> int:
-    """To how many significant bits `round_fit` rounds a scale."""
+    """To how many significant bits `rounded_scale` rounds a scale."""
     shape = _Shape.of(qset, dtype)
     return 1 - shape.finest - shape.fraction
 

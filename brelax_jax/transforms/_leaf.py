@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 
 from brelax_jax._proximal import ProximalMap, Target
 from brelax_jax.sets import Fit, Quantized, QuantizedSet
-from brelax_jax.sets._fit import fit_all
+from brelax_jax.sets._fit import fit_all, largest_scale
+from brelax_jax.sets._joined import compute_all
 from brelax_jax.sets._quantized import without_negative_zero
 from brelax_jax.transforms._grid import (
     grid_in_view,
@@ -25,7 +26,7 @@ from brelax_jax.transforms._grid import (
     landing_point,
     limit_scale_jump,
     place_on_grid,
-    round_fit,
+    rounded_scale,
     scale_digits,
 )
 
@@ -108,7 +109,13 @@ def _fit_leaves(
 ) -> list[Fit]:
     digits = [scale_digits(*each) for each in zip(sets, dtypes, strict=True)]
     fits = fit_all(sets, floats, before, digits)
-    return [round_fit(*each) for each in zip(fits, floats, sets, dtypes, strict=True)]
+    pairs = list(zip(sets, dtypes, strict=True))
+    numbers = [[fit.scale] for fit in fits]
+    for own, y, (qset, dtype) in zip(numbers, floats, pairs, strict=True):
+        if (most := largest_scale(qset, y, own[0], dtype)) is not None:
+            own.append(most)
+    scales = compute_all(lambda pair, *own: rounded_scale(*pair, *own), pairs, numbers)
+    return [fit._replace(scale=scale) for fit, scale in zip(fits, scales, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
-from brelax_jax.sets import Group
+from brelax_jax.sets import Group, _joined
 from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._rules import mean_at_once
 from brelax_jax.sets._together import MANY
@@ -138,3 +138,20 @@ def test_a_mean_at_once_is_that_of_other_passes():
     w[4, 7], w[5, 7] = np.inf, np.nan
     mean = np.asarray(jax.jit(lambda w: mean_at_once(ROWS, w))(w))[:, 0]
     np.testing.assert_allclose(mean, [1e37, 0.5, 3.4e38, 2e-38, np.inf, np.nan], rtol=1e-5)
+
+
+def test_numbers_computed_together_are_those_of_each_array():
+    def function(setting, x, *rest):
+        return jnp.round(x * setting) + sum(rest)
+
+    rng = np.random.default_rng(0)
+    shapes = [(1, 1), (1, 4), (1, 1), (2, 1, 3), (1, 5000), (1, 1)]
+    settings = [3, 3, 3, 3, 3, 7]
+    numbers = [[rng.standard_normal(shape).astype(np.float32)] * 2 for shape in shapes]
+    numbers[-1].pop()
+    numbers = jax.tree.map(jnp.asarray, numbers)
+    found, wanted = (
+        jax.jit(lambda numbers, compute=compute: compute(function, settings, numbers))(numbers)
+        for compute in (_joined.compute_together, _joined.compute_in_turn)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
