@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
-from tests.helpers import oracles
+from tests.helpers import covering, oracles
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -266,14 +266,15 @@ def test_nan_and_infinity_stay_in_their_group(name):
 
 
 @every_set
-@every_granularity
-def test_empty_arrays_pass_through(name, granularity):
+@pytest.mark.parametrize(
+    ("granularity", "shape"), covering.pairs(GRANULARITIES, [(8, 0), (0, 2, 16)])
+)
+def test_empty_arrays_pass_through(name, granularity, shape):
     placed, groups = case(name, granularity)
-    for shape in [(8, 0), (0, 2, 16)]:
-        projection, quantized, dequantized = placed(np.zeros(shape, np.float32))
-        assert projection.shape == quantized.codes.shape == dequantized.shape == shape
-        assert quantized.scale.size == len(list(groups(shape)))
-        assert not np.isnan(quantized.scale).any()
+    projection, quantized, dequantized = placed(np.zeros(shape, np.float32))
+    assert projection.shape == quantized.codes.shape == dequantized.shape == shape
+    assert quantized.scale.size == len(list(groups(shape)))
+    assert not np.isnan(quantized.scale).any()
 
 
 # dtypes and transformations
