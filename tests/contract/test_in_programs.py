@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
 from tests.contract.test_transformations import TRANSFORMATIONS
+from tests.helpers import covering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 RULES = brx.select(
@@ -21,6 +22,12 @@ RULES = brx.select(
 )
 OTHER = brx.select(("^first/k", brx.TernaryThreshold()), ("^third/k", brx.Binary()))
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
+
+
+def each_kind(wrapper):
+    """Of a wrapper, and in a chain; the other wrappers, which share its update, in `make soak`."""
+    cases = covering.some(TRANSFORMATIONS, (wrapper, "relax_params"))
+    return pytest.mark.parametrize("name", cases)
 
 
 def weights(seed=0):
@@ -51,7 +58,7 @@ class Model(nnx.Module):
             setattr(self, layer, nnx.Linear(4, 6, rngs=rngs))
 
 
-@every_transformation
+@each_kind("binary_relax")
 def test_nnx_loops_and_checkpoints(name, tmp_path):
     def make():
         model = Model(nnx.Rngs(0))
@@ -71,7 +78,7 @@ def test_nnx_loops_and_checkpoints(name, tmp_path):
     chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(p)) for p in (pair, again)))
 
 
-@every_transformation
+@each_kind("parq")
 def test_specs_by_metadata_and_by_map_params(name):
     optimizer, params = TRANSFORMATIONS[name](RULES), weights()
     boxed = jax.tree.map(lambda w: linen.Partitioned(w, ("data", "model")[-w.ndim :]), params)
@@ -87,7 +94,7 @@ def test_specs_by_metadata_and_by_map_params(name):
     assert set(jax.tree.leaves(optax.tree.get(mapped, "float_params"))) == {"like params"}
 
 
-@every_transformation
+@each_kind("binary_connect")
 def test_weights_that_are_loaded_after_init(name):
     optimizer, loaded = TRANSFORMATIONS[name](RULES), weights(1)
     late = updated(optimizer, loaded, optimizer.init(weights(0)))
@@ -96,7 +103,7 @@ def test_weights_that_are_loaded_after_init(name):
     chex.assert_trees_all_close(quantized, RULES.project(loaded), rtol=1e-4)
 
 
-@every_transformation
+@each_kind("parq")
 def test_other_rules_are_refused_and_taken_over(name):
     old, new = (TRANSFORMATIONS[name](rules) for rules in (RULES, OTHER))
     params, state = updated(old, weights(), old.init(weights()))
@@ -117,7 +124,7 @@ def is_ours(path, value):
     return getattr(path[-1], "tuple_name", None) == "BinaryRelaxState"
 
 
-@every_transformation
+@each_kind("binary_connect")
 def test_codes_are_the_quantized_params(name):
     optimizer = TRANSFORMATIONS[name](RULES)
     params, state = updated(optimizer, weights(), optimizer.init(weights()))
@@ -130,7 +137,7 @@ def test_codes_are_the_quantized_params(name):
     chex.assert_trees_all_equal(dequantized, brx.quantized_params(state, params))
 
 
-@every_transformation
+@each_kind("binary_relax")
 def test_flax_serialization(name):
     optimizer = TRANSFORMATIONS[name](RULES)
     _, state = updated(optimizer, weights(), optimizer.init(weights()))
@@ -139,7 +146,7 @@ def test_flax_serialization(name):
     chex.assert_trees_all_equal(again, state)
 
 
-@every_transformation
+@each_kind("parq")
 def test_lambda_is_as_precise_as_the_float_weights(name):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda w: w.astype("float64"), weights())

@@ -1,6 +1,7 @@
 """What every transformation does with every set: a new one is tested by adding it to a list here.
 
-Compilation dominates, so one program serves every transformation and a leaf for each set.
+Compilation dominates, so one program serves every transformation and a leaf for each set. In the
+suite each transformation has some of the sets, and in `make soak` the others.
 """
 
 import collections
@@ -16,6 +17,7 @@ import pytest
 from flax import core, struct
 
 import brelax_jax as brx
+from tests.helpers import covering
 from tests.helpers.exactness import fresh_state
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -49,8 +51,25 @@ SHAPE = (16, 3)
 STEPS = 6
 EXACT = slice(HARD_FROM + 2, STEPS)  # from the third hard update on
 
+IN_SUITE = {
+    "binary_relax": ("Binary", "Ternary", "Uniform"),
+    "relax_params": ("Binary", "TernaryThreshold", "PowerOfTwo"),
+    "binary_connect": ("Binary", "TernaryThreshold", "Ternary"),
+    "parq": ("Binary", "Uniform", "ScaledLevels"),
+}
+IN_16_BITS = ("bfloat16", "float16")
+
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 every_set = pytest.mark.parametrize("qset", SETS)
+every_pair = pytest.mark.parametrize(
+    ("name", "qset"),
+    [
+        pytest.param(name, qset, marks=[] if qset in sets else pytest.mark.soak)
+        for name, sets in IN_SUITE.items()
+        for qset in SETS
+    ],
+)
+part = pytest.mark.parametrize("in_suite", covering.some([True, False], [True]))
 
 
 def noise(seed, *shape):
@@ -61,31 +80,44 @@ def noise(seed, *shape):
 OPTIMIZERS = {name: make(RULES) for name, make in TRANSFORMATIONS.items()}
 
 
+def optimizers(params):
+    """By transformation: each has the rules of its params."""
+    rules = {
+        name: brx.select(*((f"^{qset}$", SETS[qset]) for qset in sets))
+        for name, sets in params.items()
+    }
+    return {name: TRANSFORMATIONS[name](rules[name]) for name in params}
+
+
 def init(params):
-    shapes = {name: jax.eval_shape(OPTIMIZERS[name].init, params[name]) for name in OPTIMIZERS}
-    return {name: fresh_state(shapes[name], params[name]) for name in OPTIMIZERS}
+    shapes = {name: jax.eval_shape(o.init, params[name]) for name, o in optimizers(params).items()}
+    return {name: fresh_state(shapes[name], params[name]) for name in params}
 
 
 def step(grads, state, params):
     """One of every transformation: params, states and quantized params after it."""
-    for name, optimizer in OPTIMIZERS.items():
-        updates, state[name] = optimizer.update(grads, state[name], params[name])
+    for name, optimizer in optimizers(params).items():
+        given = {qset: grads[qset] for qset in params[name]}
+        updates, state[name] = optimizer.update(given, state[name], params[name])
         params[name] = optax.apply_updates(params[name], updates)
-    quantized = {name: brx.quantized_params(state[name], params[name]) for name in OPTIMIZERS}
+    quantized = {name: brx.quantized_params(state[name], params[name]) for name in params}
     return params, state, quantized
 
 
 donating_step = jax.jit(step, donate_argnums=(1, 2))
 
 
-def for_each(params):
-    """The params of each transformation."""
-    return {name: jax.tree.map(jnp.copy, params) for name in OPTIMIZERS}
+def for_each(params, in_suite):
+    """The params of each transformation, for its sets of the suite or the others."""
+    return {
+        name: {qset: jnp.copy(w) for qset, w in params.items() if (qset in sets) == in_suite}
+        for name, sets in IN_SUITE.items()
+    }
 
 
-def stepped(params, grads):
+def stepped(params, grads, in_suite):
     """The params and quantized params after each update; `grads` has the steps first."""
-    params, trace = for_each(params), []
+    params, trace = for_each(params, in_suite), []
     state = init(params)
     for t in range(STEPS):
         params, state, quantized = donating_step({q: g[t] for q, g in grads.items()}, state, params)
@@ -95,18 +127,18 @@ def stepped(params, grads):
 
 
 @functools.cache
-def run(kind):
+def run(kind, in_suite):
     """`stepped` from weights of one kind."""
     start, grads = noise(0, *SHAPE), noise(1, STEPS, *SHAPE)
     if kind == "zero":
-        return stepped(*jax.tree.map(jnp.zeros_like, (start, grads)))
+        return stepped(*jax.tree.map(jnp.zeros_like, (start, grads)), in_suite)
     if kind != "normal":
         start = {name: w.at[3, 1].set(float(kind)) for name, w in start.items()}
-    return stepped(start, grads)
+    return stepped(start, grads, in_suite)
 
 
 @functools.cache
-def vmapped_scan():
+def vmapped_scan(in_suite):
     def train(params, state, grads):
         def body(carry, grads):
             params, state, quantized = step(grads, *carry)
@@ -114,7 +146,7 @@ def vmapped_scan():
 
         return jax.lax.scan(body, (state, params), grads)[1]
 
-    params = [for_each(noise(seed, *SHAPE)) for seed in (0, 2)]
+    params = [for_each(noise(seed, *SHAPE), in_suite) for seed in (0, 2)]
     grads = [noise(seed, STEPS, *SHAPE) for seed in (1, 3)]
     states = [init(p) for p in params]
     seeds = (
@@ -130,10 +162,9 @@ def few_values(trace, qset):
     return all(len(np.unique(column)) <= len(SETS[qset].levels) for column in columns)
 
 
-@every_transformation
-@every_set
+@every_pair
 def test_jit_with_donation(name, qset):
-    params, quantized = (tree[qset] for tree in run("normal")[name])
+    params, quantized = (tree[qset] for tree in run("normal", qset in IN_SUITE[name])[name])
     assert np.isfinite(params).all()
     np.testing.assert_array_equal(params[EXACT], quantized[EXACT])
     assert few_values(quantized, qset)
@@ -141,31 +172,33 @@ def test_jit_with_donation(name, qset):
     assert (moved > 0).all()
 
 
-@every_transformation
-@every_set
+@every_pair
 def test_scan_and_vmap_over_seeds(name, qset):
-    params, quantized = (tree[qset] for tree in vmapped_scan()[name])
-    wanted = run("normal")[name][0][qset]
+    in_suite = qset in IN_SUITE[name]
+    params, quantized = (tree[qset] for tree in vmapped_scan(in_suite)[name])
+    wanted = run("normal", in_suite)[name][0][qset]
     np.testing.assert_allclose(params[0], wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(params[:, EXACT], quantized[:, EXACT])
     assert few_values(quantized, qset)
     assert not np.allclose(params[0], params[1])
 
 
+@part
 @every_transformation
-def test_zero_weights_without_gradients_stay_zero(name):
-    params, quantized = run("zero")[name]
-    for qset in SETS:
+def test_zero_weights_without_gradients_stay_zero(name, in_suite):
+    params, quantized = run("zero", in_suite)[name]
+    for qset in params:
         assert not params[qset].any(), qset
         assert not quantized[qset].any(), qset
 
 
+@part
 @every_transformation
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_what_is_not_finite_stays_in_its_group(name, bad):
-    params, quantized = run(bad)[name]
-    clean = run("normal")[name][0]
-    for qset in SETS:
+def test_what_is_not_finite_stays_in_its_group(name, bad, in_suite):
+    params, quantized = run(bad, in_suite)[name]
+    clean = run("normal", in_suite)[name][0]
+    for qset in params:
         assert np.isnan(quantized[qset][..., 1]).all(), qset
         np.testing.assert_allclose(params[qset][..., ::2], clean[qset][..., ::2], rtol=1e-5)
 
@@ -246,13 +279,11 @@ def check_shapes(name, rules, tree, with_metrics=True):
         check_metrics_shapes(after, tree, name == "binary_relax")
 
 
-@every_transformation
-@pytest.mark.parametrize("tree", TREES)
-def test_every_tree(name, tree):
-    """The sets take turns, and every other turn reads metrics: all of them would take minutes."""
-    turn = list(TREES).index(tree) + list(TRANSFORMATIONS).index(name)
-    qset = list(SETS.values())[turn % len(SETS)]
-    check_shapes(name, qset, TREES[tree], with_metrics=turn % 2 == 0)
+@pytest.mark.parametrize(("turn", "tree"), [*enumerate(TREES.values())], ids=TREES)
+def test_every_tree(turn, tree):
+    """The transformations and the sets take turns, and every third turn reads metrics."""
+    name, qset = list(TRANSFORMATIONS)[turn % 4], list(SETS.values())[turn % len(SETS)]
+    check_shapes(name, qset, tree, with_metrics=turn % 3 == 0)
 
 
 @pytest.mark.soak
@@ -263,8 +294,7 @@ def test_every_tree_with_every_set(name, qset, tree):
     check_shapes(name, SETS[qset], TREES[tree])
 
 
-@every_transformation
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "dtype"), covering.pairs(TRANSFORMATIONS, IN_16_BITS))
 def test_every_set_in_16_bits(name, dtype):
     kernels = {qset: spec(dtype=dtype) for qset in SETS}
     check_shapes(name, RULES, {**kernels, "bias": spec((3,), dtype)})

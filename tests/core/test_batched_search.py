@@ -10,11 +10,13 @@ from brelax_jax.sets import Group, _joined
 from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._rules import mean_at_once
 from brelax_jax.sets._together import MANY
-from tests.helpers import oracles, searching
+from tests.helpers import covering, oracles, searching
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-KINDS = pytest.mark.parametrize("kind", searching.KINDS.values(), ids=searching.KINDS)
+every_kind = pytest.mark.parametrize("kind", searching.KINDS)
+# The other kind has tests like these of its own, in test_sets and test_tolerance.
+one_kind = pytest.mark.parametrize("kind", covering.some(searching.KINDS, ["together"]))
 LEAVES = [(7, 3, 20), (300,), (64, 5), (1, 1), (11, 13)]
 ROWS = Group((1,))
 
@@ -43,7 +45,7 @@ def assert_optimal(qset, w, scale, tolerance=1e-6):
     "qset",
     [
         brx.Ternary(),
-        brx.PowerOfTwo(5),
+        pytest.param(brx.PowerOfTwo(5), marks=pytest.mark.soak),
         brx.ScaledLevels((-1000, -10, -1, 1, 10, 1000)),
         brx.Uniform(4, granularity=brx.PerChannel()),
     ],
@@ -57,7 +59,7 @@ def test_every_group_of_every_array_gets_the_best_scale(qset):
         assert_optimal(qset, w, fit.scale)
 
 
-@KINDS
+@every_kind
 def test_arrays_of_other_sets_and_dtypes_share_a_program(kind):
     leaves = [*drawn(), drawn(1)[0].astype(jnp.bfloat16), np.zeros((0, 3), np.float32)]
     sets = [
@@ -69,19 +71,19 @@ def test_arrays_of_other_sets_and_dtypes_share_a_program(kind):
         brx.Ternary(),
         brx.Ternary(),
     ]
-    with searching.forced(kind):
+    with searching.forced(searching.KINDS[kind]):
         fits = fit_all(sets, leaves, [None] * len(sets))
     for i in (0, 1, 2, 3, 5):
         assert_optimal(sets[i], np.asarray(leaves[i], np.float32), fits[i].scale)
     assert fits[6].scale.tolist() == [[0]]
 
 
-@KINDS
+@one_kind
 def test_arrays_without_an_answer_do_not_disturb_the_others(kind):
     clean, spoilt = drawn(), drawn()
     spoilt[0][0, 0, 0], spoilt[3][:] = np.nan, 0
     spoilt[4][:] = -np.inf
-    with searching.forced(kind):
+    with searching.forced(searching.KINDS[kind]):
         wanted, found = (
             fit_all([brx.Uniform(4)] * len(LEAVES), leaves, [None] * len(LEAVES))
             for leaves in (clean, spoilt)
@@ -94,11 +96,11 @@ def test_arrays_without_an_answer_do_not_disturb_the_others(kind):
         assert scales[i] == wanted[i].scale.item()
 
 
-@KINDS
+@one_kind
 def test_a_kept_scale_stays_within_its_tolerance(kind):
     qset = brx.Ternary(rule=brx.LeastSquares(0.01))
     rng, leaves = np.random.default_rng(0), drawn()
-    with searching.forced(kind):
+    with searching.forced(searching.KINDS[kind]):
         fits = fit_all([qset] * len(leaves), leaves, [None] * len(leaves))
         for _ in range(5):
             leaves = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
@@ -122,7 +124,9 @@ def test_forgotten_intervals_are_searched_again():
     assert ends[1].rounds > ends[2].rounds
 
 
-@pytest.mark.parametrize(("bits", "most"), [(2, 5), (4, 7), (8, 60)])
+@pytest.mark.parametrize(
+    ("bits", "most"), [pytest.param(2, 5, marks=pytest.mark.soak), (4, 7), (8, 60)]
+)
 def test_few_rounds_suffice_for_many_scales_at_a_time(bits, most):
     rng = np.random.default_rng(0)
     w = np.abs(np.stack([rng.standard_normal(5000), rng.laplace(size=5000)])).astype(np.float32)

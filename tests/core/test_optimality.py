@@ -3,7 +3,6 @@ that scans every breakpoint of the error.
 """
 
 import functools
-import itertools
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 import brelax_jax as brx
-from tests.helpers import oracles
+from tests.helpers import covering, oracles
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -122,7 +121,11 @@ def test_made_up_groups(w, scale):
         assert_optimal(SETS[name], [name], w[None], quantized[name, "float32"])
 
 
-BETWEEN = {"uniform2", "uniform3", "uniform5", "uniform6", "uniform7", "power4"}  # others' bits
+# Bits and levels between those of others.
+BETWEEN = {
+    *(f"uniform{bits}" for bits in (2, 3, 5, 6, 7)),
+    *("power3", "power4", "two-bit", "uneven"),
+}
 
 
 @pytest.mark.soak
@@ -132,33 +135,23 @@ def test_tiny_groups(name, size):
     check(name, size, {1: 2, 9: 12}[size])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in BETWEEN)) for name in SETS]
-)
+@pytest.mark.parametrize("name", covering.some(SETS, SETS.keys() - BETWEEN))
 def test_small_groups(name):
     quick = tuple(other for other in SETS if other not in BETWEEN)
     check(name, 576, 4, quick if name in quick else None)
 
 
-IN_16_BITS = [
-    *itertools.product(
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    covering.pairs(
         ["ternary", "uniform4", "uniform8", "power4", "two-bit"], ["float16", "bfloat16"]
-    )
-]
-
-
-@functools.cache
-def quantized_in_16_bits():
-    rng = np.random.default_rng(0)
-    w = np.stack([KINDS[kind](rng, 100) for kind in ("normal", "t2", "integers")])
-    arrays = {(name, dtype): w.astype(dtype) for name, dtype in IN_16_BITS}
-    return arrays, quantize(arrays)
-
-
-@pytest.mark.parametrize(("name", "dtype"), IN_16_BITS)
+    ),
+)
 def test_16_bit_weights(name, dtype):
     """Their scale is float32, and as good as that of the same weights in float32."""
-    w, quantized = (by_key[name, dtype] for by_key in quantized_in_16_bits())
+    rng = np.random.default_rng(0)
+    w = np.stack([KINDS[kind](rng, 100) for kind in ("normal", "t2", "integers")]).astype(dtype)
+    quantized = quantize({(name, dtype): w})[name, dtype]
     assert quantized.scale.dtype == np.float32
     assert_optimal(SETS[name], ["normal", "t2", "integers"], w.astype(np.float32), quantized)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
-from tests.helpers import oracles
+from tests.helpers import covering, oracles
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -27,7 +27,11 @@ RULES = {
     "max": brx.MaxMagnitude(),
     "fixed": brx.Fixed(0.5),
 }
-every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def every(name, cases):
+    """Each rule with a part of these cases in the suite, and with all in `make soak`."""
+    return pytest.mark.parametrize(("rule", name), covering.pairs(RULES, cases))
 
 
 def drawn(shape=(60, 5)):
@@ -48,17 +52,16 @@ def defined(rule, w, levels):
     return q, (q @ w) / (q @ q) if getattr(rule, "refit", False) else at
 
 
-@every_rule
-def test_each_rule_is_its_definition(rule):
-    w = drawn()
-    sets = {n: make(granularity=brx.PerChannel(), rule=rule) for n, make in SETS.items()}
-    found = jax.jit(lambda w: {n: (q.project(w), q.quantize(w)) for n, q in sets.items()})(w)
-    for name, (projection, quantized) in found.items():
-        for i, group in enumerate(w.T):
-            q, scale = defined(rule, group, sets[name].levels)
-            np.testing.assert_allclose(np.ravel(quantized.scale)[i], scale, rtol=2e-6)
-            np.testing.assert_allclose(projection[:, i], scale * q, rtol=2e-6, atol=1e-30)
-        np.testing.assert_array_equal(quantized.dequantize(), projection)
+@every("name", SETS)
+def test_each_rule_is_its_definition(rule, name):
+    w, rule = drawn(), RULES[rule]
+    qset = SETS[name](granularity=brx.PerChannel(), rule=rule)
+    projection, quantized = jax.jit(lambda w: (qset.project(w), qset.quantize(w)))(w)
+    for i, group in enumerate(w.T):
+        q, scale = defined(rule, group, qset.levels)
+        np.testing.assert_allclose(np.ravel(quantized.scale)[i], scale, rtol=2e-6)
+        np.testing.assert_allclose(projection[:, i], scale * q, rtol=2e-6, atol=1e-30)
+    np.testing.assert_array_equal(quantized.dequantize(), projection)
 
 
 def test_names_that_others_give_to_these_rules():
@@ -71,64 +74,61 @@ def test_names_that_others_give_to_these_rules():
     )
 
 
-@every_rule
-def test_nan_infinity_and_extremes_stay_in_their_group(rule):
+@every("name", ["ternary", "uniform4", "binary"])
+def test_nan_infinity_and_extremes_stay_in_their_group(rule, name):
     w = np.abs(drawn((6, 20)))
     w[1, 3], w[2, 0], w[3], w[4] = np.nan, -np.inf, 0, 3e38
-    for make in (brx.Ternary, SETS["uniform4"], brx.Binary):
-        qset = make(granularity=brx.PerChannel(0), rule=rule)
-        projection = np.asarray(qset.project(w))
-        assert np.isnan(projection[1:3]).all()
-        assert np.isfinite(projection[[0, 3, 4, 5]]).all()
-        if not isinstance(rule, brx.Fixed):
-            assert np.all(projection[3] == 0)
-            assert np.all(np.abs(projection[4]) > 1e37)
+    qset = SETS[name](granularity=brx.PerChannel(0), rule=RULES[rule])
+    projection = np.asarray(qset.project(w))
+    assert np.isnan(projection[1:3]).all()
+    assert np.isfinite(projection[[0, 3, 4, 5]]).all()
+    if rule != "fixed":
+        assert np.all(projection[3] == 0)
+        assert np.all(np.abs(projection[4]) > 1e37)
 
 
-@every_rule
-def test_the_derivative_is_that_of_the_definition(rule):
+@every("name", SETS)
+def test_the_derivative_is_that_of_the_definition(rule, name):
     """With the codes held, by differences of the definition in float64."""
-    w = drawn((40,))
+    w, rule = drawn((40,)), RULES[rule]
     tangent = np.random.default_rng(1).standard_normal(40).astype(np.float32)
-    for make in SETS.values():
-        qset = make(rule=rule)
-        _, found = jax.jvp(qset.project, [jnp.asarray(w)], [jnp.asarray(tangent)])
-        q, _ = defined(rule, w, qset.levels)
+    qset = SETS[name](rule=rule)
+    _, found = jax.jvp(qset.project, [jnp.asarray(w)], [jnp.asarray(tangent)])
+    q, _ = defined(rule, w, qset.levels)
 
-        def scale(t, q=q, qset=qset):
-            moved = w.astype(float) + t * tangent
-            match rule:
-                case brx.MeanMagnitude(refit=True):
-                    return (q @ moved) / (q @ q)
-                case brx.MeanMagnitude():
-                    return rule.factor * np.mean(np.abs(moved))
-                case brx.MaxMagnitude():
-                    return np.max(np.abs(moved)) / qset.levels[-1]
-                case _:
-                    return rule.value
+    def scale(t):
+        moved = w.astype(float) + t * tangent
+        match rule:
+            case brx.MeanMagnitude(refit=True):
+                return (q @ moved) / (q @ q)
+            case brx.MeanMagnitude():
+                return rule.factor * np.mean(np.abs(moved))
+            case brx.MaxMagnitude():
+                return np.max(np.abs(moved)) / qset.levels[-1]
+            case _:
+                return rule.value
 
-        slope = (scale(1e-6) - scale(-1e-6)) / 2e-6
-        np.testing.assert_allclose(found, q * slope, rtol=1e-4, atol=1e-6)
-
-
-@every_rule
-def test_distance_envelope_and_relax_are_of_the_set(rule):
-    w, lam = drawn((300,)), 3.0
-    for make in (brx.Ternary, SETS["uniform4"]):
-        qset = make(rule=rule)
-        if isinstance(rule, brx.Fixed):
-            least = oracles.error(w, rule.value, qset.levels)
-        else:
-            least = oracles.optimum(w, qset.levels)[1]
-        np.testing.assert_allclose(brx.distance(w, qset) ** 2, least, rtol=1e-5)
-        np.testing.assert_allclose(brx.moreau_envelope(w, qset, lam), lam / 2 * least, rtol=1e-5)
-        relaxed = np.asarray(brx.relax(w, qset, lam), float)
-        np.testing.assert_allclose(np.sum((relaxed - w) ** 2), least * (0.75**2), rtol=1e-4)
+    slope = (scale(1e-6) - scale(-1e-6)) / 2e-6
+    np.testing.assert_allclose(found, q * slope, rtol=1e-4, atol=1e-6)
 
 
-@every_rule
-@pytest.mark.parametrize("params", ["float32", "bfloat16"])
+@every("name", ["ternary", "uniform4"])
+def test_distance_envelope_and_relax_are_of_the_set(rule, name):
+    w, lam, rule = drawn((300,)), 3.0, RULES[rule]
+    qset = SETS[name](rule=rule)
+    if isinstance(rule, brx.Fixed):
+        least = oracles.error(w, rule.value, qset.levels)
+    else:
+        least = oracles.optimum(w, qset.levels)[1]
+    np.testing.assert_allclose(brx.distance(w, qset) ** 2, least, rtol=1e-5)
+    np.testing.assert_allclose(brx.moreau_envelope(w, qset, lam), lam / 2 * least, rtol=1e-5)
+    relaxed = np.asarray(brx.relax(w, qset, lam), float)
+    np.testing.assert_allclose(np.sum((relaxed - w) ** 2), least * (0.75**2), rtol=1e-4)
+
+
+@every("params", ["float32", "bfloat16"])
 def test_training_ends_on_the_set_bit_for_bit(rule, params):
+    rule = RULES[rule]
     qset = brx.Uniform(4, granularity=brx.PerChannel(), rule=rule)
     relax = brx.binary_relax(optax.sgd(0.1), qset, 1.0, hard_from=9)
     rng = np.random.default_rng(0)
@@ -148,16 +148,18 @@ def test_training_ends_on_the_set_bit_for_bit(rule, params):
         np.testing.assert_allclose(scale, defined(rule, y[:, i], qset.levels)[1], rtol=held)
 
 
-def test_a_rule_changes_midway():
+@pytest.mark.parametrize("names", covering.some([("twn",), tuple(RULES)], [("twn",)]))
+def test_a_rule_changes_midway(names):
     """Another rule is no other set: the next update finds the scale by it."""
     params = {"kernel": jnp.asarray(drawn())}
-    rules = [brx.LeastSquares(), *RULES.values(), brx.LeastSquares(0.01), brx.LeastSquares()]
+    rules = [brx.LeastSquares(), *map(RULES.get, names), brx.LeastSquares(0.01), brx.LeastSquares()]
     rules += [brx.MeanMagnitude(1.4), brx.LeastSquares(0.01)]
+    by_rule = {r: brx.binary_connect(optax.sgd(0.0), brx.Ternary(rule=r)) for r in rules}
+    updates = {rule: jax.jit(relax.update) for rule, relax in by_rule.items()}
     state = None
     for rule in rules:
-        relax = brx.binary_connect(optax.sgd(0.0), brx.Ternary(rule=rule))
+        relax, update = by_rule[rule], updates[rule]
         state = relax.init(params) if state is None else state
-        update = jax.jit(relax.update)
         for _ in range(2):
             _, state = update(params, state, params)
         fresh = update(params, relax.init(params), params)[1]

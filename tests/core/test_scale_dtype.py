@@ -1,5 +1,6 @@
 """Scales of a narrow dtype: the best of them, against every value that the dtype has."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
-from tests.helpers import oracles, searching
+from tests.helpers import covering, oracles, searching
 
 DTYPES = ["float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"]
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -60,46 +61,62 @@ def set_of(name, dtype, granularity):
     return brx.ScaledLevels(levels, granularity=granularity, scale_dtype=dtype)
 
 
+EVERY = [(name, size) for name in LEVELS for size in (16, 40)]
+# Small ternary groups are sorted, all others searched.
+SEARCHES = [("ternary", 16), *((name, 40) for name in LEVELS)]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "kind"), [*((dtype, "in turn") for dtype in DTYPES), ("float16", "together")]
+    ("dtype", "kind", "cases"),
+    [
+        ("float16", "in turn", SEARCHES),
+        ("float16", "together", [("ternary", 40), ("e2m1", 40)]),
+        ("bfloat16", "in turn", [("e2m1", 40)]),
+        ("float8_e4m3fn", "in turn", [("e2m1", 40)]),
+        ("float8_e8m0fnu", "in turn", [("ternary", 40)]),
+        *(
+            pytest.param(dtype, kind, EVERY, marks=pytest.mark.soak)
+            for dtype in DTYPES
+            for kind in searching.KINDS
+        ),
+    ],
 )
-def test_the_best_scale_among_those_of_the_dtype(dtype, kind):
-    names = LEVELS if dtype == "float16" else ("ternary", "e2m1")
-    w = {size: drawn(size) for size in ((16, 40) if dtype == "float16" else (40,))}
-    sets = {name: set_of(name, dtype, brx.PerChannel(0)) for name in names}
+def test_the_best_scale_among_those_of_the_dtype(dtype, kind, cases):
+    sets = {name: set_of(name, dtype, brx.PerChannel(0)) for name in LEVELS}
+    drawn_of = [drawn(size) for _, size in cases]
     with searching.forced(searching.KINDS[kind]):
-        fits = jax.jit(lambda w: {n: [q.fit(x) for x in w.values()] for n, q in sets.items()})(w)
-    for name, qset in sets.items():
-        for x, fit in zip(w.values(), fits[name], strict=True):
-            for row, scale in zip(x.astype(float), np.ravel(fit.scale).astype(float), strict=True):
-                assert scale in values(dtype)
-                error = oracles.error(row, scale, qset.levels)
-                assert error <= least_error(row, qset.levels, dtype) * (1 + 2e-6) + 1e-12
+        fits = jax.jit(lambda ws: [sets[n].fit(w) for (n, _), w in zip(cases, ws, strict=True)])(
+            drawn_of
+        )
+    for (name, _), w, fit in zip(cases, drawn_of, fits, strict=True):
+        levels = sets[name].levels
+        for row, scale in zip(w.astype(float), np.ravel(fit.scale).astype(float), strict=True):
+            assert scale in values(dtype)
+            error = oracles.error(row, scale, levels)
+            assert error <= least_error(row, levels, dtype) * (1 + 2e-6) + 1e-12
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_beyond_the_dtype_becomes_its_last_value(dtype):
+@pytest.mark.parametrize(("dtype", "name"), covering.pairs(DTYPES, ["ternary", "binary"]))
+def test_what_is_beyond_the_dtype_becomes_its_last_value(dtype, name):
     w = np.array([[1e-30, 2e-30], [1e30, -3e30], [0, 0], [np.nan, 1]], np.float32)
-    for qset in (brx.Ternary, brx.Binary):
-        fit = jax.jit(qset(granularity=brx.PerChannel(0), scale_dtype=dtype).fit)(w)
-        tiny, huge, zero, spoilt = np.ravel(fit.scale).astype(float)
-        assert tiny in values(dtype)
-        assert huge in values(dtype)
-        if dtype in ("float16", "float8_e4m3fn"):
-            assert (tiny, huge) == (values(dtype)[0], values(dtype)[-1])
-        assert zero == 0
-        assert np.isnan(spoilt)
+    fit = jax.jit(set_of(name, dtype, brx.PerChannel(0)).fit)(w)
+    tiny, huge, zero, spoilt = np.ravel(fit.scale).astype(float)
+    assert tiny in values(dtype)
+    assert huge in values(dtype)
+    if dtype in ("float16", "float8_e4m3fn"):
+        assert (tiny, huge) == (values(dtype)[0], values(dtype)[-1])
+    assert zero == 0
+    assert np.isnan(spoilt)
 
 
 @pytest.mark.parametrize("rule", [brx.MeanMagnitude(0.5), brx.MaxMagnitude(), brx.Fixed(0.3)])
 def test_other_rules_take_the_nearest_value(rule):
-    w = drawn(40)
-    for dtype in DTYPES:
-        free = brx.Uniform(4, granularity=brx.PerChannel(0), rule=rule)
-        bound = brx.Uniform(4, granularity=brx.PerChannel(0), rule=rule, scale_dtype=dtype)
-        scales, found = (np.ravel(jax.jit(q.fit)(w).scale).astype(float) for q in (free, bound))
-        every = values(dtype)
-        best = np.min(np.abs(every[None] - scales[:, None]), axis=1)
+    free = brx.Uniform(4, granularity=brx.PerChannel(0), rule=rule)
+    sets = [free, *(dataclasses.replace(free, scale_dtype=dtype) for dtype in DTYPES)]
+    fits = jax.jit(lambda w: [qset.fit(w) for qset in sets])(drawn(40))
+    scales, *bound = (np.ravel(fit.scale).astype(float) for fit in fits)
+    for dtype, found in zip(DTYPES, bound, strict=True):
+        best = np.min(np.abs(values(dtype)[None] - scales[:, None]), axis=1)
         np.testing.assert_allclose(np.abs(found - scales), best, rtol=1e-6)
 
 
@@ -121,10 +138,11 @@ def test_a_tolerance_keeps_scales_of_the_dtype(kept):
 @pytest.mark.parametrize(
     ("name", "dtype", "params"),
     [
-        ("uniform4", "float16", "float32"),
         ("uniform4", "float16", "float16"),
         ("e2m1", "float8_e8m0fnu", "bfloat16"),
-        ("e2m1", "float8_e4m3fn", "float32"),
+        # Of these tests/export/test_formats.py trains formats.
+        pytest.param("uniform4", "float16", "float32", marks=pytest.mark.soak),
+        pytest.param("e2m1", "float8_e4m3fn", "float32", marks=pytest.mark.soak),
     ],
 )
 def test_training_ends_on_them_bit_for_bit(name, dtype, params):
@@ -156,9 +174,10 @@ def test_groups_beyond_the_dtype_are_warned_of_and_counted():
     with pytest.warns(UserWarning, match=r"'kernel' on .*: 2 scales would be beyond float8_e4m3fn"):
         state = relax.init(params)
     _, state = jax.jit(relax.update)(params, state, params)
-    assert brx.metrics(state, params)["kernel"].saturated == 2
+    metrics = jax.jit(brx.metrics)
+    assert metrics(state, params)["kernel"].saturated == 2
     free = brx.binary_connect(optax.sgd(0.0), brx.Ternary())
-    assert brx.metrics(free.init(params), params)["kernel"].saturated == 0
+    assert metrics(free.init(params), params)["kernel"].saturated == 0
 
 
 @pytest.mark.parametrize("given", ["float32", "int8", "halves", 3, jnp.float64])

@@ -12,9 +12,13 @@ from brelax_jax.sets import Fit, Group
 from brelax_jax.sets._small_groups import is_small, sorting_network
 from brelax_jax.sets._weights import Weights
 from tests.core.test_optimality import KINDS, assert_optimal
-from tests.helpers import oracles
+from tests.helpers import covering, oracles
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SIZES = [1, 2, 9, 16, 32]
+KEPT = brx.Ternary(granularity=brx.PerBlock(16), rule=brx.LeastSquares(0.05))
+fit_or_keep = jax.jit(KEPT.fit)
 
 
 def test_a_network_sorts():
@@ -27,7 +31,7 @@ def test_a_network_sorts():
             assert row == sorted(bits, reverse=True)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", covering.some(SIZES, [1, 9, 32]))
 def test_scales_are_the_best_for_every_kind_of_weights(size):
     qset = brx.Ternary(granularity=brx.PerBlock(size, 1))
     drawn = [
@@ -41,7 +45,7 @@ def test_scales_are_the_best_for_every_kind_of_weights(size):
     assert_optimal(qset, kinds, w, jax.jit(qset.quantize)(w))
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("axis", covering.some([0, 1, 2], [1]))
 def test_blocks_along_every_axis(axis):
     w = np.random.default_rng(0).standard_t(2, (18, 18, 27)).astype(np.float32)
     qset = brx.ScaledLevels((-2, 0, 2), granularity=brx.PerBlock(9, axis))
@@ -77,13 +81,12 @@ def test_float64():
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 0.3, 1.0, 1e30, np.nan, np.inf])
 def test_a_scale_is_kept_within_its_tolerance(scale):
     w = jnp.asarray(np.random.default_rng(0).standard_normal((200, 16)), jnp.float32)
-    qset = brx.Ternary(granularity=brx.PerBlock(16), rule=brx.LeastSquares(0.05))
-    fit = jax.jit(qset.fit)(w, Fit(jnp.full((200, 1), scale)))
+    fit = fit_or_keep(w, Fit(jnp.full((200, 1), scale)))
     scales = np.ravel(fit.scale)
     excess: list[float] = []
     for group, s in zip(np.asarray(w, float), scales.astype(float), strict=True):
-        least = oracles.optimum(group, qset.levels)[1]
-        excess.append(oracles.error(group, s, qset.levels) / least - 1)
+        least = oracles.optimum(group, KEPT.levels)[1]
+        excess.append(oracles.error(group, s, KEPT.levels) / least - 1)
     assert max(excess) < 0.05 / 0.95
     if scale == 1.0:
         assert max(excess) > 1e-3  # else nothing was kept

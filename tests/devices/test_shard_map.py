@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
 from brelax_jax.sets import Group
-from tests.helpers import meshes, quick, searching
+from tests.helpers import covering, meshes, quick, searching
 
 SHAPE = (16, 8, 16)
 BOTH = ("data", "model")
@@ -111,8 +111,13 @@ if jax.device_count() >= meshes.DEVICES:
         for name, (codes, scale) in found.items():
             check_codes(name, codes, scale)
 
-    def test_distances_and_derivatives_are_those_of_the_whole(mesh):
-        sets = {name: CASES[name][0] for name in ("binary", "threshold", "ternary")}
+    @pytest.mark.parametrize(
+        "names",
+        [("threshold", "ternary"), pytest.param(("binary",), marks=pytest.mark.soak)],
+        ids=" ".join,
+    )
+    def test_distances_and_derivatives_are_those_of_the_whole(names, mesh):
+        sets = {name: CASES[name][0] for name in names}
         specs = {name: CASES[name][1] for name in sets}
 
         def compute(ws):
@@ -178,7 +183,7 @@ if jax.device_count() >= meshes.DEVICES:
         jax.tree.map(np.testing.assert_array_equal, params, quantized)
 
     @every_turn
-    @pytest.mark.parametrize("checked", [True, False])
+    @pytest.mark.parametrize("checked", covering.some([True, False], [False]))
     def test_updates_are_those_of_one_device(checked, turn, mesh):
         """Gradients come from outside; also where JAX does not track what varies over an axis."""
         rules = meshes.rules(meshes.SIMPLE)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from tests.helpers import meshes, quick
+from tests.helpers import covering, meshes, quick
 
 SHAPE = (1, 3, 32, 16)
 SETS = {
@@ -29,6 +29,7 @@ SETS = {
     "uniform8-channel": brx.Uniform(8, granularity=brx.PerChannel()),
     "power5": brx.PowerOfTwo(5),
 }
+IN_SUITE = ("binary-channel", "ternary", "ternary-block", "threshold", "uniform4", "power5")
 SPECS = [
     P(None, None, None, "model"),
     P(None, None, "model", None),
@@ -36,9 +37,17 @@ SPECS = [
     P(None, None, None, ("data", "model")),
 ]
 
+MODES = [AxisType.Auto, AxisType.Explicit]
+
+
+def one_mode(mode):
+    """The suite has this mode of `mesh`, `make soak` the other one."""
+    return pytest.mark.parametrize("mesh", covering.some(MODES, [mode]), indirect=True)
+
+
 if jax.device_count() >= meshes.DEVICES:
 
-    @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
+    @pytest.fixture(params=MODES, ids=["automatic", "explicit"])
     def mesh(request):
         mesh = meshes.make_mesh(request.param)
         with jax.set_mesh(mesh):
@@ -48,11 +57,11 @@ if jax.device_count() >= meshes.DEVICES:
         return np.random.default_rng(seed).standard_t(2.5, SHAPE).astype(np.float32)
 
     @functools.cache
-    def on_one_device():
+    def on_one_device(names):
         """The codes and the fit by the name of each set."""
 
         def compute(w):
-            fits = {name: qset.fit(w) for name, qset in SETS.items()}
+            fits = {name: SETS[name].fit(w) for name in names}
             return {name: (SETS[name].codes(w, fit), fit) for name, fit in fits.items()}
 
         return jax.device_get(quick.jit(compute)(weights()))
@@ -72,8 +81,8 @@ if jax.device_count() >= meshes.DEVICES:
 
     def test_projections_reduce_and_move_no_weights(mesh):
         """The shardings and the modes take turns."""
-        turns = {name: SPECS[i % len(SPECS)] for i, name in enumerate(SETS)}
-        start = [AxisType.Auto, AxisType.Explicit].index(mesh.axis_types[0])
+        turns = {name: SPECS[i % len(SPECS)] for i, name in enumerate(IN_SUITE)}
+        start = MODES.index(mesh.axis_types[0])
         check(dict([*turns.items()][start::2]), mesh)
 
     def check(specs, mesh):
@@ -83,12 +92,13 @@ if jax.device_count() >= meshes.DEVICES:
         compiled = quantize.lower(ws).compile()
         assert not meshes.MOVES.findall(compiled.as_text())
         for name, quantized in compiled(ws).items():
-            codes, fit = on_one_device()[name]
+            codes, fit = on_one_device(tuple(specs))[name]
             assert quantized.codes.sharding.is_equivalent_to(ws[name].sharding, 4), name
             rtol = 1e-5 if name == "uniform8-channel" else 1e-6  # its search may end a bit beside
             np.testing.assert_allclose(quantized.scale, fit.scale, rtol=rtol, err_msg=name)
             meshes.assert_same_codes(SETS[name], quantized.codes, codes, weights(), fit, rtol)
 
+    @one_mode(AxisType.Auto)
     def test_training_is_that_of_one_device(mesh):
         """A step from each of one device's states, and all steps in a row."""
         optimizer, contract = meshes.relaxation(), jnp.matmul
@@ -119,6 +129,14 @@ if jax.device_count() >= meshes.DEVICES:
         quantized = jax.jit(brx.quantized_params)(state, params)
         jax.tree.map(np.testing.assert_array_equal, params, quantized)
 
+    @one_mode(AxisType.Explicit)
+    def test_states_lie_as_the_params_do(mesh):
+        optimizer, (params, state) = meshes.relaxation(), meshes.start_on(mesh)
+        step = functools.partial(meshes.updated, optimizer)
+        after, state = jax.eval_shape(step, params, state, params)
+        assert_inherited(state, after)
+
+    @one_mode(AxisType.Explicit)
     def test_metrics_are_those_of_one_device_and_move_no_weights(mesh):
         start = meshes.start_on(mesh)
         shardings = jax.tree.map(lambda x: x.sharding, start)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers import covering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -21,6 +22,7 @@ BLOCKS = {
     "mxfp4": (32, 4.25),
     "nvfp4": (16, 4.5),
 }
+IN_SUITE = ("q4_0", "q5_0", "tq1_0", "q1_0", "mxfp4", "nvfp4")
 RULES = {"mxfp4": brx.LeastSquares()}  # others need no search here
 
 
@@ -37,7 +39,7 @@ def trained(qset, shape=(256, 4)):
     return params, brx.quantized_tree(state, params)["kernel"]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", covering.some(BLOCKS, IN_SUITE))
 def test_llama_cpp_reads_the_params(name):
     gguf = pytest.importorskip("gguf")
     block, bits = BLOCKS[name]

@@ -27,6 +27,7 @@ from examples.train.loop import deployed
 from examples.train.models import make_model
 from examples.train.optimizer import continuation, layer_sets, learning_rate, parse_set
 from examples.train.steps import Trainer
+from tests.helpers import covering
 from tests.helpers.killed import TINY
 from tests.helpers.tiny_imagenet import Imagenet2012
 
@@ -120,7 +121,9 @@ def test_schedules_are_the_published_ones(name, rates, strengths):
     assert config.weight_decay == decay[name[:3] if name.startswith("im") else config.model[:3]]
 
 
-@pytest.mark.parametrize("model", sorted(PARAMETERS))
+@pytest.mark.parametrize(
+    "model", covering.some(sorted(PARAMETERS), ["vgg16", "resnet20", "resnet18"])
+)
 def test_parameters_are_those_of_the_papers(model):
     params = shapes(model, 1000 if model in ("resnet18", "resnet50") else 10)
     assert round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, 2) == PARAMETERS[model]

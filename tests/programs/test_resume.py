@@ -27,7 +27,7 @@ from examples.train.checkpoints import Checkpoints, sha256
 from examples.train.config import Config
 from examples.train.data import load as data
 from examples.train.steps import Trainer, TrainState
-from tests.helpers import forked, killed
+from tests.helpers import covering, forked, killed
 from tests.helpers.killed import TINY
 
 CLOCK = ("seconds", "images_per_second")
@@ -264,8 +264,11 @@ def test_an_altered_or_truncated_file_is_noticed(
 ):
     """Either the arrays are what was saved, or the checkpoint before is taken, with a warning."""
     last = Path(uninterrupted.out) / "checkpoints" / "5"
+    files = [f.relative_to(last) for f in sorted(last.rglob("*")) if f.is_file()]
+    if places == 1:  # of the rest of the state only the arrays, beside the files of the model
+        files = [file for file in files if file.parts[0] != "rest" or file.parts[1] == "d"]
     noticed = set()
-    for file in (f.relative_to(last) for f in sorted(last.rglob("*")) if f.is_file()):
+    for file in files:
         content = (last / file).read_bytes()
         several = 5 * places if file.match("config/metadata") else places
         for place in {len(content) * (2 * i + 1) // (2 * several) for i in range(several)}:
@@ -282,7 +285,12 @@ def test_an_altered_or_truncated_file_is_noticed(
     assert {("config", "metadata"), ("model", "d"), ("rest", "d")} <= noticed
 
 
-@pytest.mark.parametrize("where", ["step", "trace", "float_params", "codes", "kernel", "mean"])
+@pytest.mark.parametrize(
+    "where",
+    covering.some(
+        ["step", "trace", "float_params", "codes", "kernel", "mean"], ["step", "codes", "kernel"]
+    ),
+)
 def test_one_bit_of_one_array_is_noticed(where, uninterrupted, trainer, sums, tmp_path, capsys):
     """In a checkpoint that Orbax finds in order, as it does not know what was meant."""
 

@@ -1,7 +1,7 @@
 """The training program on a mesh of devices: eight that the machine pretends to have.
 
-JAX fixes their number when it starts, so a process trains on eight, another goes on with four (in
-`make soak` one more with two of four), and this one with one.
+JAX fixes their number when it starts, so a process trains on eight, and this one goes on with one;
+in `make soak` two others with four and with two.
 """
 
 import functools
@@ -94,7 +94,8 @@ if jax.device_count() < 8:
 
 if jax.device_count() == 1:
 
-    @pytest.mark.parametrize("mesh", ["1x4", pytest.param("2x1", marks=pytest.mark.soak)])
+    @pytest.mark.soak
+    @pytest.mark.parametrize("mesh", ["1x4", "2x1"])
     def test_with_four(mesh, on_eight):
         process(4, on_eight, mesh)
 

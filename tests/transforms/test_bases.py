@@ -1,6 +1,6 @@
 """Base optimizers inside `binary_relax`: they act on the float weights, and the params end exact.
 
-One compiled program runs every base alone, in the wrapper and in the chain.
+One compiled program runs the bases of the suite alone, in the wrapper and in the chain.
 """
 
 import functools
@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers import covering
 from tests.helpers.training import normal, trace_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -55,7 +56,12 @@ DECAYS = {
     "adafactor": 1 - 0.02,
     "muon": 1 - 0.05 * 0.2,
 }
-every_base = pytest.mark.parametrize("base", BASES)
+# Those that read or move their params in a way of their own; others are compiled in `make soak`.
+IN_SUITE = (
+    *("add_decayed_weights", "adamw", "adafactor", "muon", "schedule_free"),
+    *("lbfgs without a line search", "a set frozen", "flatten"),
+)
+every_base = pytest.mark.parametrize("base", covering.some(BASES, IN_SUITE))
 
 
 def weights(seed, *steps):
@@ -77,10 +83,10 @@ OPTIMIZERS = {
 
 
 def step(carry, grads):
-    """One step of every base in every form: base → form → (params, state), and what they left."""
-    trace = {name: {} for name in BASES}
-    for name, forms in OPTIMIZERS.items():
-        for form, optimizer in forms.items():
+    """One step of some bases in every form: base → form → (params, state), and what they left."""
+    trace = {name: {} for name in carry}
+    for name in carry:
+        for form, optimizer in OPTIMIZERS[name].items():
             params, state = carry[name][form]
             updates, state = optimizer.update(grads, state, params)
             params = optax.apply_updates(params, updates)
@@ -99,15 +105,21 @@ def scanned(carry, grads):
     return jax.lax.scan(step, carry, grads)[1]
 
 
+def run(base, with_gradients=True):
+    """The trace of a base, at the same random gradients or at none."""
+    return run_all(base in IN_SUITE, with_gradients)[base]
+
+
 @functools.cache
-def run(with_gradients=True):
-    """The trace of every base, at the same random gradients or at none."""
+def run_all(in_suite, with_gradients):
+    """By base, for those of the suite or the others."""
     params, grads = weights(0), weights(10, STEPS)
     if not with_gradients:
         grads = jax.tree.map(jnp.zeros_like, grads)
     carry = {
         name: {form: (params, optimizer.init(params)) for form, optimizer in forms.items()}
         for name, forms in OPTIMIZERS.items()
+        if (name in IN_SUITE) == in_suite
     }
     return jax.tree.map(np.asarray, scanned(carry, grads))
 
@@ -115,7 +127,7 @@ def run(with_gradients=True):
 @every_base
 def test_float_weights_move_as_the_base_alone_moves_them(base):
     """Whatever the base reads of its params, it reads of the float weights."""
-    trace = run()[base]
+    trace = run(base)
     for name, wanted in trace["alone"]["params"].items():
         floats = trace["wrapper"]["floats"][name]
         np.testing.assert_allclose(floats, wanted, rtol=2e-5, atol=2e-6)
@@ -126,7 +138,7 @@ def test_float_weights_move_as_the_base_alone_moves_them(base):
 @every_base
 @pytest.mark.parametrize("form", ["wrapper", "chain"])
 def test_params_are_quantized_bit_for_bit_in_phase_two(base, form):
-    trace = run()[base][form]
+    trace = run(base)[form]
     for name, qset in SETS.items():
         hard, quantized = (trace[part][name][HARD_FROM:] for part in ("params", "quantized"))
         np.testing.assert_array_equal(hard, quantized)
@@ -136,11 +148,11 @@ def test_params_are_quantized_bit_for_bit_in_phase_two(base, form):
         assert min(len(np.unique(w)) for w in soft) > 2 * len(qset.levels)
 
 
-@pytest.mark.parametrize("base", DECAYS)
+@pytest.mark.parametrize("base", covering.some(DECAYS, IN_SUITE))
 def test_weight_decay_acts_on_the_float_weights(base):
     """Without gradients, decay alone moves: in the wrapper the float weights, whatever λ; in the
     chain they move by the decay of the params."""
-    start, trace = weights(0), run(with_gradients=False)[base]
+    start, trace = weights(0), run(base, with_gradients=False)
     factor, count = DECAYS[base], np.arange(1, STEPS + 1)
     y = np.asarray(start["kernel"])
     wanted = y * factor ** count[:, None, None]
@@ -174,7 +186,7 @@ def test_muon_picks_its_leaves_as_it_does_alone(numbers, wanted):
 
 def test_muon_steps_of_float_weights_are_orthogonal():
     """In all directions alike, whatever the gradient: what Muon is."""
-    floats = run()["muon"]["wrapper"]["floats"]["kernel"]
+    floats = run("muon")["wrapper"]["floats"]["kernel"]
     step = floats[0] - np.asarray(weights(0)["kernel"]) * DECAYS["muon"]
     singular = np.linalg.svd(step / 0.05, compute_uv=False)
     assert (singular > 0.5).all()

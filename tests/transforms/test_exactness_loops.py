@@ -1,4 +1,8 @@
-"""Params are exact in phase II in each kind of loop that users write, and in unusual sizes."""
+"""Params are exact in phase II in each kind of loop that users write, and in unusual sizes.
+
+Those of Flax are in `make soak`, as `test_networks` has them too, of programs with few
+optimizations.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +13,25 @@ from flax import linen, nnx
 from flax.training import train_state
 
 import brelax_jax as brx
-from tests.helpers.exactness import assert_exact, bits, fresh_state, rules
+from tests.helpers import covering
+from tests.helpers.exactness import assert_exact, bits, fresh_state, quantized_params, rules
 
 BINARY = brx.Binary(granularity=brx.PerChannel())
 THRESHOLD = brx.TernaryThreshold()
 THRESHOLD_OF_BLOCKS = brx.TernaryThreshold(granularity=brx.PerBlock(8, axis=0))
+LEAVES = {
+    "binary": BINARY,
+    "threshold": THRESHOLD_OF_BLOCKS,
+    "uneven": brx.ScaledLevels((-1.7, -0.3, 0, 0.3, 1.7)),
+}
 SHAPE = (16, 12)
 
 
-def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up():
-    dtypes, sets = ("float32", "bfloat16", "float16"), {"binary": BINARY, "threshold": THRESHOLD}
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "bfloat16"), pytest.param(("float16",), marks=pytest.mark.soak)], ids=str
+)
+def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtypes):
+    sets = {"binary": BINARY, "threshold": THRESHOLD}
     leaves = {f"{name}-{dtype}": qset for dtype in dtypes for name, qset in sets.items()}
     rng = np.random.default_rng(5)
     params = {name: jnp.asarray(rng.standard_normal(SHAPE), name.split("-")[1]) for name in leaves}
@@ -37,15 +50,16 @@ def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up():
         if step >= 2:
             assert_exact(state, params, leaves)
         if step in (11, 24, 37):
-            y, q = (read(state, params) for read in (brx.float_params, brx.quantized_params))
+            y, q = brx.float_params(state, params), quantized_params(state, params)
             for name in (f"binary-{dtype}" for dtype in dtypes):
                 wanted = BINARY.project(y[name])
                 found = np.asarray(q[name], np.float32)
                 np.testing.assert_allclose(found, wanted, rtol=0.05, err_msg=name)
 
 
-def test_eager_updates_are_exact():
-    leaves = {"binary": brx.Binary(), "threshold": THRESHOLD_OF_BLOCKS}
+@pytest.mark.parametrize("name", covering.some(["binary", "threshold"], ["threshold"]))
+def test_eager_updates_are_exact(name):
+    leaves = {name: LEAVES[name]}
     rng = np.random.default_rng(11)
     params = {name: jnp.asarray(rng.standard_normal(SHAPE), "float32") for name in leaves}
     optimizer = brx.binary_connect(optax.sgd(0.1), rules(leaves))
@@ -58,12 +72,11 @@ def test_eager_updates_are_exact():
             assert_exact(state, params, leaves)
 
 
-def test_float64_is_exact():
-    leaves = {
-        "binary": BINARY,
-        "threshold": THRESHOLD_OF_BLOCKS,
-        "uneven": brx.ScaledLevels((-1.7, -0.3, 0, 0.3, 1.7)),
-    }
+@pytest.mark.parametrize(
+    "names", covering.some(["binary threshold", "uneven"], ["binary threshold"])
+)
+def test_float64_is_exact(names):
+    leaves = {name: LEAVES[name] for name in names.split()}
     with jax.enable_x64(True):
         rng = np.random.default_rng(12)
         params = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
@@ -81,12 +94,18 @@ def test_float64_is_exact():
                 assert_exact(state, params, leaves)
 
 
-def test_large_leaves_are_exact():
-    leaves = {
-        "binary": (BINARY, "float32"),
-        "ternary": (brx.Ternary(granularity=brx.PerChannel()), "float32"),
-        "threshold": (brx.TernaryThreshold(granularity=brx.PerChannel()), "bfloat16"),
-    }
+LARGE = {
+    "binary": (BINARY, "float32"),
+    "threshold": (brx.TernaryThreshold(granularity=brx.PerChannel()), "bfloat16"),
+    "ternary": (brx.Ternary(granularity=brx.PerChannel()), "float32"),
+}
+
+
+@pytest.mark.parametrize(
+    "names", covering.some(["binary threshold", "ternary"], ["binary threshold"])
+)
+def test_large_leaves_are_exact(names):
+    leaves = {name: LARGE[name] for name in names.split()}
     sets = {name: qset for name, (qset, _) in leaves.items()}
     rng = np.random.default_rng(0)
 
@@ -131,6 +150,7 @@ class Nnx(nnx.Module):
         return self.second(nnx.relu(self.first(x)))
 
 
+@pytest.mark.soak
 def test_linen_train_state_is_exact():
     model, x = Linen(), normal(0, 20, 8)
     shapes = jax.eval_shape(model.init, jax.random.key(1), x)["params"]
@@ -157,6 +177,7 @@ def test_linen_train_state_is_exact():
     assert len(np.unique(state.params["Dense_0"]["bias"])) > 2
 
 
+@pytest.mark.soak
 def test_nnx_optimizer_is_exact():
     x = normal(0, 20, 8)
     model = Nnx(nnx.Rngs(0))

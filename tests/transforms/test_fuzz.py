@@ -232,13 +232,13 @@ def fuzz(examples, cases, seed=0, phases=tuple(hypothesis.Phase)):
 
 
 def test_any_program_on_any_values():
-    fuzz(examples=5, cases=30)
+    fuzz(examples=3, cases=30)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(1, 26))
+@pytest.mark.parametrize("seed", range(26))
 def test_many_programs_on_many_values(seed):
-    """25 × 16 programs, a few of which are to be refused at once, × 30: more than 10,000 cases."""
+    """26 × 16 programs, a few of which are to be refused at once, × 30: more than 10,000 cases."""
     fuzz(examples=16, cases=30, seed=seed)
 
 

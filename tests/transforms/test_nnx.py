@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import brelax_jax as brx
+from tests.helpers import covering
 
 SETS = {  # the state of a set whose scale is searched for is of the first one's structure
     "binary": brx.Binary(granularity=brx.PerChannel()),
@@ -113,7 +114,8 @@ def split_and_merged_in_lax_scan(model, optimizer):
 LOOPS = [in_fori_loop, in_scan, in_while_loop, in_cond, split_and_merged_in_lax_scan]
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+# `tests/contract` has another `fori_loop`, and `test_networks` splits and merges at every step.
+@pytest.mark.parametrize("loop", covering.some(LOOPS, [in_scan, in_cond]))
 def test_loops_train_as_one_step_after_the_other(loop):
     after = arrays(*loop(*make()))
     chex.assert_trees_all_equal_structs(after, wanted())
@@ -134,7 +136,7 @@ def test_jit_traces_once_in_any_number_of_steps():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("steps", [0, STEPS])
+@pytest.mark.parametrize("steps", covering.some([0, STEPS], [STEPS]))
 def test_a_pure_dict_brings_everything_back(steps):
     pair, again = make(), make()
     for _ in range(steps):
@@ -154,7 +156,7 @@ def saved_and_restored(pair, make, directory):
         return nnx.merge(graph, checkpointer.restore(directory / "state", like))
 
 
-@pytest.mark.parametrize("steps", [0, STEPS])
+@pytest.mark.parametrize("steps", covering.some([0, STEPS], [STEPS]))
 def test_orbax_restores_into_an_abstract_state(steps, tmp_path):
     pair = make()
     for _ in range(steps):
@@ -170,8 +172,7 @@ EVERY_SET = [
 ]
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("qset", EVERY_SET, ids=[type(qset).__name__ for qset in EVERY_SET])
+@pytest.mark.parametrize(("qset", "steps"), covering.pairs(EVERY_SET, [0, 2]))
 def test_orbax_restores_the_other_sets_too(qset, steps, tmp_path):
     def make():
         model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from optax.tree_utils import NamedTupleKey
 
 import brelax_jax as brx
+from tests.helpers import covering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -36,14 +37,18 @@ OPTIMIZERS = {
         optax.adam(0.1), brx.relax_params(rules, brx.linear_continuation(2))
     ),
 }
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def two(*names):
+    """The suite has two of the optimizers, `make soak` the others."""
+    return pytest.mark.parametrize("name", covering.some(OPTIMIZERS, names))
 
 
 def is_masked(node):
     return isinstance(node, optax.MaskedNode)
 
 
-@every_optimizer
+@two("tracking", "last in a chain")
 def test_specs_of_a_whole_state_in_one_call(name):
     optimizer = OPTIMIZERS[name](RULES)
     state = jax.eval_shape(optimizer.init, PARAMS)
@@ -64,7 +69,7 @@ def test_specs_of_a_whole_state_in_one_call(name):
     assert [scale.sharding.spec for scale in scales.values()] == [P(), P()]
 
 
-@every_optimizer
+@two("alone", "in MultiSteps")
 def test_zeros_in_the_place_of_what_is_like_params_leave_the_scales(name):
     optimizer = OPTIMIZERS[name](RULES)
     state, params = optimizer.init(PARAMS), PARAMS
@@ -86,7 +91,7 @@ def of_ours(path, value):
     return bool(keys) and keys[-1].tuple_name == "BinaryRelaxState"
 
 
-@every_optimizer
+@two("in MultiSteps", "last in a chain")
 def test_get_and_set_of_count_and_lam(name):
     """Set, the count says where in the schedule the next update is; λ is that of the last one."""
     optimizer = OPTIMIZERS[name](RULES)
@@ -111,6 +116,7 @@ STRICT = {
     "ranks": {"jax_numpy_rank_promotion": "raise"},
     "dtypes": {"jax_numpy_dtype_promotion": "strict"},
     "no jit": {"jax_disable_jit": True},
+    "no jit, every set": {"jax_disable_jit": True},  # takes long, operation by operation
     "tracer leaks": {"jax_check_tracer_leaks": True},
 }
 EVERY_SET = {
@@ -141,16 +147,17 @@ def everything(optimizer, params, transform=lambda function: function):
     return [function(state, params) for function in read], brx.strength(state)
 
 
-@pytest.mark.parametrize("mode", STRICT)
+@pytest.mark.parametrize("mode", covering.some(STRICT, STRICT.keys() - {"no jit, every set"}))
 def test_strict_modes(mode):
     rng = np.random.default_rng(0)
     dtypes = ["float32", "bfloat16"] if mode == "dtypes" else ["float32"]
+    sets = {"binary": EVERY_SET["binary"]} if mode == "no jit" else EVERY_SET
     params = {
         f"{name} {dtype}": jnp.asarray(rng.standard_normal((4, 3)), dtype)
-        for name in EVERY_SET
+        for name in sets
         for dtype in dtypes
     }
-    rules = brx.select(*((f"^{name} ", qset) for name, qset in EVERY_SET.items()))
+    rules = brx.select(*((f"^{name} ", qset) for name, qset in sets.items()))
     base = optax.sgd(0.1, 0.9)  # with strict dtypes Adam fails by itself
     optimizer = brx.binary_relax(base, rules, brx.linear_continuation(1), 0)
     with strict(STRICT[mode]):
