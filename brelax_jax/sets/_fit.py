@@ -116,7 +116,11 @@ def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
     shift = shift_of(unit)
     norm = groups.group.sum(jnp.square(q))
     gain = groups.group.sum(q * ((view * shift) / (unit * shift) - q))
+    # A small product is flushed to zero, but not where the addition is fused with it.
+    small = scale < 1e-18
+    scale *= jnp.where(small, 2.0**60, 1)
     refined = scale + scale * (gain / jnp.where(norm > 0, norm, 1))
+    refined *= jnp.where(small, 2.0**-60, 1)
     return fit._replace(scale=refined.reshape(fit.scale.shape))
 
 

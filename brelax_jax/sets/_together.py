@@ -195,7 +195,7 @@ class Part(NamedTuple):
         """The sum of a² of each group, and the mean of a, along a first axis."""
 
         def sums(a: Array, group: Group) -> Array:
-            return jnp.stack(group.sums(jnp.square(a), a / group.size(a)))
+            return jnp.stack(group.sums(jnp.square(a), a / float(group.size(a))))
 
         return self.each(sums)
 

@@ -123,7 +123,7 @@ def test_other_trees_beside_the_params(path):
     loaded = brx.load(path)
     check_equal(loaded.pop("batch_stats"), stats)
     check_equal(loaded, quantized())
-    with pytest.raises(ValueError, match="'a/b' is there twice, or holds other ones"):
+    with pytest.raises(ValueError, match="'a/b' is there twice, or contains other leaves"):
         brx.save(path, *start(), others={"a/b": jnp.ones(2)})
 
 
