@@ -160,18 +160,37 @@ class MeanMagnitude(ScaleRule):
             return Fit(at)
         if len(magnitudes) == 1:  # all codes are the same, whatever places them
             return Fit(jnp.where(jnp.isfinite(mean), mean / magnitudes[0], jnp.nan))
-        q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
-        size = float(group.size(w))
-        unit = jnp.where(mean < jnp.finfo(w.dtype).max / (2 * size), 1, 2.0**-32)  # no overflow
-        gain, norm = lax.platform_dependent(
-            jnp.abs(w) * unit * (q / magnitudes[-1]),
-            jnp.square(q),
-            cpu=lambda *parts: tuple(map(group.sum, parts)),
-            default=group.sums,
+        scale = lax.platform_dependent(
+            w,
+            mean,
+            at,
+            cpu=functools.partial(_refitted_by_other_passes, magnitudes, group),
+            default=functools.partial(_refitted_at_once, magnitudes, group),
         )
-        norm = norm / size / magnitudes[-1]
-        scale = gain / size / jnp.where(norm > 0, norm, 1) / unit
         return Fit(jnp.where(jnp.isnan(at), at, scale), at)
+
+
+def _refitted_by_other_passes(
+    magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
+) -> Array:
+    """The least-squares scale of the codes that are nearest at a scale, as is fast on CPU."""
+    del mean
+    q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
+    norm = group.mean(jnp.square(q)) / magnitudes[-1]
+    gain = mean_magnitude(w * (q / magnitudes[-1]), group)
+    return gain / jnp.where(norm > 0, norm, 1)
+
+
+def _refitted_at_once(
+    magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
+) -> Array:
+    """The same by one reduction."""
+    q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
+    size = float(group.size(w))
+    unit = jnp.where(mean < jnp.finfo(w.dtype).max / (2 * size), 1, 2.0**-32)  # no overflow
+    gain, norm = group.sums(jnp.abs(w) * unit * (q / magnitudes[-1]), jnp.square(q))
+    norm = norm / size / magnitudes[-1]
+    return gain / size / jnp.where(norm > 0, norm, 1) / unit
 
 
 @dataclasses.dataclass(frozen=True)
