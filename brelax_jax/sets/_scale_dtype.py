@@ -67,6 +67,15 @@ def name_of(dtype: DTypeLike) -> str:
     return name
 
 
+def leading_bit(x: Array) -> Array:
+    """The largest power of two that is at most x, for x > 0.
+
+    By a bit mask, because exp2 and log2 are inexact on some devices.
+    """
+    mask = ~jnp.array(2 ** jnp.finfo(x.dtype).nmant - 1, _integer(x))
+    return lax.bitcast_convert_type(_bits(x) & mask, x.dtype)
+
+
 def _integer(x: Array) -> jnp.dtype:
     return jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
 

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index, shift_of
-from brelax_jax.sets._scale_dtype import Scales
+from brelax_jax.sets._scale_dtype import Scales, leading_bit
 
 ROUNDED = 3  # beyond so many consecutive magnitudes, multiplying by one reciprocal is faster
 
@@ -48,11 +48,8 @@ class Unit(NamedTuple):
     @staticmethod
     def of(peak: Array, allowed: Scales | None = None) -> "Unit":
         """The unit of groups with this largest magnitude."""
-        info = jnp.finfo(peak.dtype)
-        bits = jnp.dtype(f"uint{info.bits}")
-        mask = ~jnp.array(2**info.nmant - 1, bits)
-        leading = lax.bitcast_convert_type(lax.bitcast_convert_type(peak, bits) & mask, peak.dtype)
-        unit = jnp.where(peak > 0, jnp.clip(leading, info.tiny, 1 / float(info.tiny)), 1)
+        tiny = float(jnp.finfo(peak.dtype).tiny)
+        unit = jnp.where(peak > 0, jnp.clip(leading_bit(peak), tiny, 1 / tiny), 1)
         return Unit(unit, 1 / unit, allowed)
 
     def divided(self, x: Array) -> Array:

@@ -27,6 +27,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from brelax_jax.sets import Fit, QuantizedSet
+from brelax_jax.sets._scale_dtype import leading_bit
 
 LANDING = 2  # updates that it takes from anywhere onto the grid
 LEAD = 4  # and of phase I that do
@@ -54,7 +55,7 @@ class Grid(NamedTuple):
 def grid_of(scale: Array, qset: QuantizedSet, dtype: DTypeLike) -> Grid:
     """The grid for params of this dtype, for each entry of a scale."""
     shape = _Shape.of(qset, dtype)
-    unit = _leading_bit(scale)
+    unit = leading_bit(scale)
     spacing = jnp.maximum(unit * 2.0**shape.finest, _least(dtype))
     return Grid(spacing, 1 / spacing, unit * 2.0**shape.reach)
 
@@ -90,17 +91,6 @@ class _Shape(NamedTuple):
         # The scale's leading bit is kept: the 16-bit dtypes hold no more for many levels.
         finest = min(top - (digits - 1 - headroom), -fraction)
         return _Shape(digits, finest, fraction, top, top + headroom // 2)
-
-
-def _leading_bit(x: Array) -> Array:
-    """The largest power of two that is at most x, for x > 0.
-
-    By a bit mask, because exp2 and log2 are inexact on some devices.
-    """
-    info = jnp.finfo(x.dtype)
-    integer = jnp.dtype(f"uint{info.bits}")
-    mask = ~jnp.array(2**info.nmant - 1, integer)
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, integer) & mask, x.dtype)
 
 
 def rounded_scale(
