@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
@@ -30,7 +29,9 @@ class Parser(argparse.ArgumentParser):
         found = [group for group in self._action_groups if group.title == title]
         return found[0] if found else self.add_argument_group(title)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # it is overloaded
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """As argparse does it, but an unknown option is met with the one that looks like it."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
