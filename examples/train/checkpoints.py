@@ -124,8 +124,8 @@ class Checkpoints:
 
     def _check_version(self, epoch: int) -> None:
         """Raises an error if the optimizer's state is laid out as in version 0.1.0."""
-        fields = ocp.StandardCheckpointHandler().metadata(self.path / str(epoch) / "rest").tree
-        if is_earlier(fields):
+        directory: Any = self.path / str(epoch) / "rest"
+        if is_earlier(ocp.StandardCheckpointHandler().metadata(directory).tree):
             run = self.path.parent
             raise OtherConfiguration(
                 f"The state in {self.path} was saved by brelax_jax 0.1.0, and this version cannot "
