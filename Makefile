@@ -39,9 +39,10 @@ bench: $(VENV)/.installed  ## ratios of the times of projections, updates and st
 	$(BIN)/python -m benchmarks.updates
 	$(BIN)/python -m benchmarks.export
 
-docs:  ## the site, into build/docs; warnings are errors
+docs:  ## the site, into build/docs; warnings are errors, and so are links that lead nowhere
 	$(MAKE) install VENV=$(DOCS_VENV) EXTRA=docs
 	$(DOCS_VENV)/bin/python -m sphinx -b html -W --keep-going docs build/docs
+	$(DOCS_VENV)/bin/python docs/check_links.py build/docs
 
 dist:  ## the source distribution and the wheel, as they are published
 	rm -rf dist
