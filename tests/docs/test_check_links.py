@@ -27,6 +27,8 @@ def site(tmp_path):
 
 
 def test_a_whole_site(site):
+    (site / "_static").mkdir()
+    (site / "_static" / "template.html").write_text("<img src='{{ picture }}'>")
     assert broken(site) == []
     assert broken(site / "lost") == [f"{site}/lost holds no page."]
 
