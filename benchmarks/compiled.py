@@ -172,7 +172,10 @@ def main() -> None:
     """Prints one of the tables."""
     parser = Parser("benchmarks.compiled", __doc__, "", "--meshes v5e:2x2 v5e:4x4")
     parser.add_argument(
-        "--meshes", nargs="*", metavar="TOPOLOGY", help=f"without names: {' '.join(MESHES)}"
+        "--meshes",
+        nargs="*",
+        metavar="TOPOLOGY",
+        help=f"the table for these meshes; without names {' '.join(MESHES)}",
     )
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -16,10 +16,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str, description: str | None, *examples: str) -> None:
         prog = f"python -m {program}"
+        commands = [f"  {prog} {words}".rstrip() for words in examples or [""]]
         super().__init__(
             prog=prog,
             description=description,
-            epilog="examples:\n" + "\n".join(f"  {prog} {words}" for words in examples or [""]),
+            epilog="\n".join(["examples:", *commands]),
             formatter_class=_Help,
             allow_abbrev=False,
         )
