@@ -5,7 +5,7 @@ DOCS_VENV ?= .venv-docs
 BIN := $(VENV)/bin
 EXTRA ?= dev
 
-.PHONY: demo test soak lint types bench docs install clean
+.PHONY: demo test soak lint types bench docs dist release-check install clean
 
 # The JPEG decoders and JAX share the cores; a platform warning would be the only line on stderr.
 export JAX_PLATFORMS ?= cpu
@@ -39,9 +39,20 @@ bench: $(VENV)/.installed  ## ratios of the times of projections, updates and st
 	$(BIN)/python -m benchmarks.updates
 	$(BIN)/python -m benchmarks.export
 
-docs:  ## the site, into build/docs; warnings are errors
+docs:  ## the site, into build/docs; warnings are errors, and so are links that lead nowhere
 	$(MAKE) install VENV=$(DOCS_VENV) EXTRA=docs
 	$(DOCS_VENV)/bin/python -m sphinx -b html -W --keep-going docs build/docs
+	$(DOCS_VENV)/bin/python docs/check_links.py build/docs
+
+dist:  ## the source distribution and the wheel, as they are published
+	rm -rf dist
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/tools/bin/python -m build
+	build/tools/bin/python -m twine check --strict dist/*
+
+release-check: dist  ## each of them in an empty environment, with the README's program
+	.github/check_dist.sh $(PYTHON)
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) build runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) build dist runs .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 
 import numpy as np
 
@@ -11,6 +12,10 @@ files = [str(file) for file in importlib.metadata.files("brelax_jax") or ()]
 folders = {file.partition("/")[0] for file in files}
 assert folders == {"brelax_jax", f"brelax_jax-{brx.__version__}.dist-info"}, folders
 assert "brelax_jax/py.typed" in files
+links = re.findall(r"\]\(([^)]*)\)", importlib.metadata.metadata("brelax_jax").get_payload())
+relative = [link for link in links if not link.startswith("https://")]
+assert links
+assert not relative, relative
 assert "site-packages" in brx.__file__, brx.__file__
 for extra in ("flax", "matplotlib", "pytest", "tensorflow_datasets"):
     assert importlib.util.find_spec(extra) is None, f"{extra} is no dependency"

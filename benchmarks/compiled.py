@@ -8,7 +8,6 @@ those in the program's text, so one in the search's loop counts once. The rounds
 measured on the CPU, with normal weights. CPU seconds of compiling are those of all cores.
 """
 
-import argparse
 import importlib
 import math
 import os
@@ -25,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
 from benchmarks.updates import relax, resnet18, weights
+from brelax_jax._command_line import Parser
 from brelax_jax.sets._together import MANY, Part, branch_and_bound
 from brelax_jax.sets._weights import Weights
 
@@ -170,9 +170,12 @@ def meshes(names: Sequence[str]) -> None:
 
 def main() -> None:
     """Prints one of the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
+    parser = Parser("benchmarks.compiled", __doc__, "", "--meshes v5e:2x2 v5e:4x4")
     parser.add_argument(
-        "--meshes", nargs="*", metavar="TOPOLOGY", help=f"without names: {' '.join(MESHES)}"
+        "--meshes",
+        nargs="*",
+        metavar="TOPOLOGY",
+        help=f"the table for these meshes; without names {' '.join(MESHES)}",
     )
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

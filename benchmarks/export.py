@@ -6,7 +6,6 @@ and unpacking them, and a network on packed weights to the float network. Of tim
 several runs counts, for the network the median of the ratios of each turn.
 """
 
-import argparse
 import math
 import time
 import warnings
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import brelax_jax as brx
+from brelax_jax._command_line import Parser
 from examples.train.models import make_model
 
 RUNS = 15
@@ -140,8 +140,7 @@ def float16_scales() -> None:
 
 def main() -> None:
     """Prints the table."""
-    program = "python -m benchmarks.export"
-    argparse.ArgumentParser(prog=program, description=__doc__).parse_args()
+    Parser("benchmarks.export", __doc__).parse_args()
     print(f"jax {jax.__version__}, {COUNT / 1e6:.0f} M weights where none are named\n")
     line("what", "   ratio", "at most")
     model = make_model("resnet18", 1000)

@@ -4,7 +4,6 @@ A pass is `jnp.sum(jnp.abs(w))` on the same weights, jitted. All rows take turns
 of several runs counts. With the extra `parq` the last table compares with torchao's PARQ optimizer.
 """
 
-import argparse
 import functools
 import importlib
 import time
@@ -18,6 +17,7 @@ import optax
 
 import brelax_jax as brx
 from benchmarks.updates import Row, relax, resnet18, weights
+from brelax_jax._command_line import Parser
 
 RUNS = 8
 SHAPE = (3, 3, 512, 512)
@@ -144,9 +144,7 @@ def parq_calls(kernels: list[np.ndarray[Any, Any]]) -> dict[str, Callable[[], An
 
 def main() -> None:
     """Prints all tables."""
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.projections", description=__doc__
-    ).parse_args()
+    Parser("benchmarks.projections", __doc__).parse_args()
     projection_times()
     growth()
     against_parq()

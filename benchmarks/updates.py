@@ -8,7 +8,6 @@ rows of a table take turns. In the first two the smallest of several runs counts
 median of the ratios of each turn.
 """
 
-import argparse
 import dataclasses
 import math
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import optax
 
 import brelax_jax as brx
+from brelax_jax._command_line import Parser
 from examples.train.config import Config
 from examples.train.data.load import Data, Split
 from examples.train.steps import Trainer
@@ -198,8 +198,7 @@ def training_step_times() -> None:
 
 def main() -> None:
     """Prints the tables."""
-    program = "python -m benchmarks.updates"
-    argparse.ArgumentParser(prog=program, description=__doc__).parse_args()
+    Parser("benchmarks.updates", __doc__).parse_args()
     update_times()
     metrics_times()
     training_step_times()

@@ -57,5 +57,5 @@ from brelax_jax.transforms import strength as strength
 from brelax_jax.transforms import with_float_params as with_float_params
 from brelax_jax.transforms import with_rules as with_rules
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __revision__ = 1  # of the algorithm: raised when the same settings train to other weights

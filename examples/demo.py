@@ -5,7 +5,6 @@ BinaryRelax.
 picture, and saves the quantized networks in a few bits a weight.
 """
 
-import argparse
 import dataclasses
 import shutil
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from brelax_jax.__main__ import main as info
+from brelax_jax._command_line import Parser
 from examples.runs import plots
 from examples.runs.progress import Progress
 from examples.runs.report import table
@@ -42,13 +42,13 @@ def configs(out: str, epochs: int) -> dict[str, Config]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser = Parser("examples.demo", __doc__, "--epochs 10 --out runs/short-demo")
     parser.add_argument(
-        "--out",
-        default="runs/demo",
-        help="directory of the runs; what is there is replaced [%(default)s]",
+        "--out", default="runs/demo", help="directory of the runs; what is there is replaced"
     )
-    parser.add_argument("--epochs", type=int, default=30, help="epochs of each run [%(default)s]")
+    parser.add_argument(
+        "--epochs", type=int, default=30, metavar="N", help="passes of each run over the images"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     runs = configs(options.out, options.epochs)

@@ -5,13 +5,13 @@ An experiment's name is DATASET-MODEL-float or DATASET-MODEL-SET-METHOD. A patte
 `--seed 1 --mesh 8x1 --dtype bfloat16`, go to each of them. Pipe them into `sh -e` to run them.
 """
 
-import argparse
 import fnmatch
 import itertools
 import shlex
 import sys
 from collections.abc import Sequence
 
+from brelax_jax._command_line import Parser
 from examples.train.cli import parse
 
 CIFAR = ("cifar10", "cifar100")
@@ -70,17 +70,16 @@ def known() -> str:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Prints commands; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.experiments",
-        description=__doc__,
-        epilog="names: " + known(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = Parser(
+        "examples.experiments",
+        f"{__doc__}\nThe names: {known()}",
+        "cifar10-vgg11-float | sh -e",
+        "'cifar10-resnet20-ternary-*' --seed 1 --dtype bfloat16",
     )
     parser.add_argument("pattern", nargs="?", help="names to print, with * and ?; all if left out")
-    parser.add_argument("--seed", type=int, default=0, help="seed of each run [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of each run")
     parser.add_argument(
-        "--runs", default="runs/published", help="directory of the runs [%(default)s]"
+        "--runs", default="runs/published", metavar="DIRECTORY", help="directory of the runs"
     )
     options, more = parser.parse_known_args(given)
     names = fnmatch.filter(NAMES, options.pattern or "*")

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import brelax_jax as brx
+from brelax_jax._command_line import Parser
 
 BATCH = 64
 
@@ -72,4 +73,5 @@ def main(epochs: int = 30) -> float:
 
 
 if __name__ == "__main__":
+    Parser("examples.nnx_digits", __doc__).parse_args()
     main()

@@ -8,7 +8,9 @@ import numpy as np
 import optax
 
 import brelax_jax as brx
+from brelax_jax._command_line import Parser
 
+Parser("examples.two_dimensions", __doc__).parse_args()
 A, target = np.array([[1.2, -0.6], [-0.6, 3.1]]), np.array([1.2, -1.9])
 sgd, binary = optax.sgd(optax.piecewise_constant_schedule(0.1, {75: 0.1})), brx.Binary()
 relax = brx.binary_relax(sgd, binary, brx.geometric_continuation(0.1, 1.055), hard_from=75)

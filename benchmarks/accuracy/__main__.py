@@ -18,6 +18,7 @@ from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.records import Results
 from benchmarks.accuracy.report import report, study
 from benchmarks.accuracy.runs import BASE, MAIN, METHODS, SETS, Run, plan, with_starts
+from brelax_jax._command_line import Parser
 from examples.runs.progress import Progress
 from examples.train.config import Config
 from examples.train.data.load import load
@@ -25,26 +26,31 @@ from examples.train.data.load import load
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = functools.partial(parser.add_argument, nargs="+")
+    parser = Parser(
+        "benchmarks.accuracy",
+        __doc__,
+        "--sets ternary --seeds 0 --epochs 5",
+        "--override warm_start=none",
+        "--report",
+    )
+    grid = parser.group("which runs")
+    add = functools.partial(grid.add_argument, nargs="+")
     add("--methods", default=MAIN, metavar="NAME", help=f"of {', '.join(METHODS)}")
     add("--sets", default=tuple(SETS), metavar="NAME", help=f"{', '.join(SETS)}, or others")
-    add("--seeds", type=int, default=[0, 1, 2], metavar="N")
-    parser.add_argument(
-        "--epochs", type=int, default=10, metavar="N", help="epochs of every run [10]"
-    )
-    parser.add_argument("--granularity", default="tensor", help="weights that share a scale")
+    add("--seeds", type=int, default=[0, 1, 2], metavar="N", help="one float run for each")
+    grid.add_argument("--epochs", type=int, default=10, metavar="N", help="epochs of every run")
+    grid.add_argument("--granularity", default="tensor", help="weights that share a scale")
     add("--override", default=[], metavar="NAME=VALUE", help="settings of every run")
-    parser.add_argument("--runs", default="runs/accuracy", metavar="DIRECTORY")
-    parser.add_argument("--results", default="results/accuracy", metavar="DIRECTORY")
-    parser.add_argument("--budget", action="store_true", help="only say what is done and missing")
-    parser.add_argument("--report", action="store_true", help="only draw the table and the plots")
-    parser.add_argument(
-        "--study", action="store_true", help="only tabulate all runs by validation accuracy"
-    )
-    parser.add_argument("--docs", default="docs", metavar="DIRECTORY", help="where the report goes")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar: a line an epoch")
+    add = functools.partial(parser.group("in place of training").add_argument, action="store_true")
+    add("--budget", help="only say what is done and missing")
+    add("--report", help="only draw the table and the plots")
+    add("--study", help="only tabulate all runs by validation accuracy")
+    output = parser.group("output")
+    add = functools.partial(output.add_argument, metavar="DIRECTORY")
+    add("--runs", default="runs/accuracy", help="logs and checkpoints")
+    add("--results", default="results/accuracy", help="a line for each run")
+    add("--docs", default="docs", help="where the report goes")
+    output.add_argument("--quiet", action="store_true", help="no progress bar: a line an epoch")
     return parser.parse_args(arguments)
 
 

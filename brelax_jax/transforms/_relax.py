@@ -34,6 +34,7 @@ from brelax_jax.transforms._state import (
     check_known,
     check_owned,
     current_sets,
+    find_states,
     fits_of,
     sets_of,
     with_fits,
@@ -196,6 +197,7 @@ def _update(
             "params is None, but this transformation needs the current ones: "
             "call update(grads, state, params)."
         )
+    find_states(state)  # it is one
     check_owned(state, params)
     sets = current_sets(sets_of(state, params), params, settings.selection)
     given = dict(leaves_with_paths(params))

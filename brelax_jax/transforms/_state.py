@@ -29,6 +29,10 @@ class Assignment:
     selection: Selection | None
     pairs: tuple[tuple[str, QuantizedSet], ...] | None
 
+    def __post_init__(self) -> None:
+        if any("rule" not in vars(qset) for _, qset in self.pairs or ()):  # in an older pickle
+            raise ValueError(EARLIER)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Assignment):
             return NotImplemented
@@ -100,7 +104,9 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
     states = [state for state in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(state)]
     if not states:
         raise ValueError(
-            "opt_state holds no state of binary_relax, relax_params or binary_connect; "
+            EARLIER
+            if is_earlier(opt_state)
+            else "opt_state holds no state of binary_relax, relax_params or binary_connect; "
             "pass the whole state that their `init` or `update` returned."
         )
     return states
@@ -109,6 +115,11 @@ def find_states(opt_state: Any) -> list[BinaryRelaxState]:
 OTHER_SETS = (
     "Pass the state that this optimizer made, or take another one's over with "
     "brelax_jax.with_rules(opt_state, params, optimizer)."
+)
+EARLIER = (
+    "This state was saved by brelax_jax 0.1.0, whose states this version cannot read. Finish the "
+    "run with 0.1.0, or start anew: call `init` on its params, with its float_params in place of "
+    "those that are quantized."
 )
 REMEDY = "Make the state with `init` from these params, or pass what it was made from."
 
@@ -230,6 +241,16 @@ def with_fits(state: BinaryRelaxState, fits: Mapping[str, Fit]) -> BinaryRelaxSt
     if dict(leaves_with_paths(boxes)).keys() != others.keys():  # the rule is another than before
         boxes = {path: state.scales[path] for path in others}
     return state._replace(scales=scales, code_scales=with_leaves(boxes, others))
+
+
+def is_earlier(tree: Any) -> bool:
+    """Whether a tree has a state of version 0.1.0, restored as a dict of its fields."""
+
+    def has_fields(node: Any) -> bool:
+        return isinstance(node, Mapping) and "float_params" in node
+
+    nodes = jax.tree.leaves(tree, is_leaf=has_fields)
+    return any(has_fields(node) and node.keys() & {"cuts", "fits"} for node in nodes)
 
 
 def is_state(node: Any) -> bool:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from brelax_jax._command_line import Parser
 from examples.language_model import llama_cpp
 from examples.language_model.config import Settings
 from examples.language_model.report import row
@@ -26,13 +27,13 @@ from examples.runs.studies import other_revisions
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     """The settings, and the options beside them (`seeds`, `out`, `resume`, …)."""
-    parser = argparse.ArgumentParser(prog="python -m examples.language_model", description=__doc__)
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds of the runs [0]"
+    parser = Parser(
+        "examples.language_model", __doc__, "--seeds 0 1 2", "--steps 200 --further-steps 200"
     )
     parser.add_argument(
-        "--out", default="runs/language-model", help="directory of the runs [%(default)s]"
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds of the runs"
     )
+    parser.add_argument("--out", default="runs/language-model", help="directory of the runs")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
     parser.add_argument(
         "--export-gguf",
@@ -43,13 +44,13 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for field in dataclasses.fields(Settings):
         choices = field.metadata["choices"]
-        parser.add_argument(
+        parser.group(field.metadata["group"]).add_argument(
             flag(field.name),
             type=type(field.default),
             default=field.default,
             choices=choices,
             metavar=None if choices else "N" if isinstance(field.default, int) else "X",
-            help=field.metadata["help"] + " [%(default)s]",
+            help=field.metadata["help"],
         )
     given = parser.parse_args(arguments)
     settings = Settings(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Settings)})

@@ -1,10 +1,12 @@
-"""Progress on a terminal: one bar, with time left; elsewhere plain lines."""
+"""Progress on a terminal: one bar with what goes on and the time left; elsewhere plain lines."""
 
 import sys
 import time
 from typing import Any
 
 from tqdm import tqdm
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left, {elapsed} so far, {rate_fmt}{postfix}"
 
 
 class Progress:
@@ -20,6 +22,8 @@ class Progress:
         self.shown = sys.stderr.isatty() and not quiet
         self._bar = tqdm(
             total=total,
+            desc="getting ready",  # until the first figures
+            bar_format=BAR,
             unit=unit,
             unit_scale=True,
             dynamic_ncols=True,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import orbax.checkpoint as ocp
 
+from brelax_jax.transforms._state import is_earlier
 from examples.runs.report import leaves
 from examples.runs.studies import sha256_of_json
 from examples.train.config import Config, differences
@@ -75,6 +76,7 @@ class Checkpoints:
                     + "\n  ".join(changed)
                     + "\nGive the settings that it was made with, or another --out."
                 )
+            self._check_version(epoch)
             found = self._arrays(epoch, sums, model=model, rest=rest)
             return TrainState(**found["model"], **found["rest"])
 
@@ -115,10 +117,21 @@ class Checkpoints:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
         found = self._manager.restore(epoch, args=args)["config"]
         if not isinstance(found, dict) or {*found} != {"settings", "sha256"}:
-            raise ValueError("it holds no SHA-256, as those of earlier versions")
+            raise ValueError("it holds no SHA-256, as those of earlier versions (brelax_jax 0.1.0)")
         settings, sums = found["settings"], found["sha256"]
         _check("configuration", sha256_of_json(settings), sums["settings"])
         return settings, sums
+
+    def _check_version(self, epoch: int) -> None:
+        """Raises an error if the optimizer's state is laid out as in version 0.1.0."""
+        directory: Any = self.path / str(epoch) / "rest"
+        if is_earlier(ocp.StandardCheckpointHandler().metadata(directory).tree):
+            run = self.path.parent
+            raise OtherConfiguration(
+                f"The state in {self.path} was saved by brelax_jax 0.1.0, and this version cannot "
+                "read it. Finish that run with 0.1.0, remove it to start again, or start another "
+                f"run from its weights: --warm-start {run} and another --out."
+            )
 
     def _arrays(self, epoch: int, sums: dict[str, str], **like: Any) -> dict[str, Any]:
         """Parts of a checkpoint by their names, laid out as asked."""
@@ -146,7 +159,7 @@ class Checkpoints:
 
 
 class OtherConfiguration(ValueError):
-    """A checkpoint was made with other settings than those given."""
+    """A checkpoint was made with other settings than those given, or by another version."""
 
 
 def sha256(tree: Any) -> str:

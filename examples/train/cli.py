@@ -9,19 +9,23 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from brelax_jax._command_line import Parser
 from examples.runs.settings import flag
 from examples.train import mesh
 from examples.train.config import PRESETS, Config
 
-EPILOG = """\
-examples:
-  python -m examples.train --preset quick --method float --out runs/float
-  python -m examples.train --preset quick --set ternary --warm-start runs/float
-  python -m examples.train --preset short --first float --last uniform8 --granularity channel
-  python -m examples.train --preset paper --method float --out runs/paper-float
-  python -m examples.train --preset paper --warm-start runs/paper-float
-  python -m examples.experiments    the published experiments, as such commands
+DESCRIPTION = """\
+Train an image classifier whose weights end up on a quantized set.
+
+python -m examples.experiments prints the published experiments as such commands.
 """
+EXAMPLES = (
+    "--preset quick --method float --out runs/float",
+    "--preset quick --set ternary --warm-start runs/float",
+    "--preset short --first float --last uniform8 --granularity channel",
+    "--preset paper --method float --out runs/paper-float",
+    "--preset paper --warm-start runs/paper-float",
+)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
@@ -84,15 +88,8 @@ def check(config: Config) -> None:
             raise ValueError(f"{flag(name)} must be {remedy}, got {getattr(config, name)!r}.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.train",
-        description="Train an image classifier whose weights end up on a quantized set.",
-        epilog=EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=30, width=100
-        ),
-    )
+def _parser() -> Parser:
+    parser = Parser("examples.train", DESCRIPTION, *EXAMPLES)
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
@@ -103,12 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar: one line an epoch")
     hints = typing.get_type_hints(Config)
-    groups: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
-        name = field.metadata["group"]
-        group = groups.setdefault(name, None) or parser.add_argument_group(name)
-        groups[name] = group
-        _add(group, field, hints[field.name])
+        _add(parser.group(field.metadata["group"]), field, hints[field.name])
     return parser
 
 
@@ -116,7 +109,8 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     """One option; what is not given is left out, so that a preset's value stays."""
     text = field.metadata["help"].replace("%", "%%")
     if field.default not in (None, ()):
-        text += f" [{'on' if field.default is True else field.default}]"
+        words = {"True": "on", "False": "off"}
+        text += f" [{words.get(str(field.default), field.default)}]"
     common = dict(default=argparse.SUPPRESS, help=text, dest=field.name)
     if hint is bool:
         group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **common)

@@ -2,8 +2,10 @@
 
 import importlib.resources
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,7 +86,11 @@ def test_the_public_names_are_these_and_documented():
     assert public == set(NAMES)
     for name in NAMES:
         assert inspect.getdoc(getattr(brx, name)), f"{name} has no docstring"
-    assert brx.__version__
+
+
+def test_the_changelog_begins_with_this_version():
+    text = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", text, re.M)[1] == brx.__version__
 
 
 @pytest.mark.parametrize(("kind", "arguments"), VALUES)

@@ -342,6 +342,25 @@ def test_checkpoints_of_earlier_versions_are_named(uninterrupted, trainer, tmp_p
     assert "5 is damaged: it holds no SHA-256, as those of earlier" in capsys.readouterr().out
 
 
+def test_a_state_of_0_1_0_is_refused_and_only_its_weights_are_taken(
+    start, uninterrupted, trainer, tmp_path, capsys
+):
+    config = copied(uninterrupted, tmp_path)
+    state = raw(config.out, 5, trainer)
+    fields = state.opt_state._asdict()
+    fields["cuts"] = fields.pop("code_scales")
+    settings = json.loads((tmp_path / "run/checkpoints/5/config/metadata").read_text())
+    replace(config.out, 5, state._replace(opt_state=fields), settings)
+    assert train.main([*arguments(config.out, start), "--resume"]) == 2
+    printed = capsys.readouterr()
+    assert "was saved by brelax_jax 0.1.0" in printed.err
+    assert f"--warm-start {tmp_path}/run and another --out" in printed.err
+    assert "damaged" not in printed.out
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("[0-9]")) == ["4", "5"]
+    model = Checkpoints(config.out).restore_model(trainer.abstract_state(), config)
+    jax.tree.map(np.testing.assert_array_equal, model["params"], state.params)
+
+
 def manager(out):
     return ocp.CheckpointManager(
         Path(out) / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)

@@ -265,6 +265,60 @@ def test_orbax(tmp_path):
         assert_resumes(checkpointer.restore(tmp_path / "state", abstract))
 
 
+# States of version 0.1.0.
+
+FIELDS = {
+    "fits": ("base_state", "float_params", "fits", "count", "lam", "landed", "selection"),
+    "cuts": (
+        *("base_state", "float_params", "scales", "cuts", "codes"),
+        *("count", "lam", "updates_on_grid", "started", "sets"),
+    ),
+}
+
+
+@pytest.fixture(params=FIELDS)
+def of_0_1_0(request):
+    """A state as 0.1.0 saved it, restored as a dict."""
+    fields = saved()[1][1]._asdict()
+    fits = {path: {"scale": scale} for path, scale in fields["scales"].items()}
+    fields |= {"fits": fits, "cuts": {}, "landed": jnp.int32(2), "selection": {}}
+    return serialization.to_state_dict({name: fields[name] for name in FIELDS[request.param]})
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda state, params: brx.float_params([{}, state], params),
+        lambda state, params: brx.quantized_params({"0": {}, "1": state}, params),
+        lambda state, params: brx.with_rules([{}, state], params, SAVED),
+        lambda state, params: relaxing().update(params, state, params),
+    ],
+)
+def test_a_state_of_0_1_0_is_refused_by_name(of_0_1_0, use):
+    with pytest.raises(ValueError, match=r"saved by brelax_jax 0\.1\.0.*call `init` on its params"):
+        use(of_0_1_0, make_params())
+
+
+def test_flax_and_orbax_do_not_take_a_state_of_0_1_0(of_0_1_0, tmp_path):
+    """They name the fields that differ."""
+    name = "cuts" if "cuts" in of_0_1_0 else "fits"
+    with pytest.raises(ValueError, match=rf"field names .*'{name}'"):
+        serialization.from_state_dict(saved()[1], {"0": {}, "1": of_0_1_0})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", [{}, of_0_1_0])
+        checkpointer.wait_until_finished()
+        with pytest.raises(ValueError, match="scales"):
+            checkpointer.restore(tmp_path / "state", jax.eval_shape(SAVED.init, make_params()))
+
+
+def test_a_pickle_of_0_1_0_is_refused_by_name():
+    qset = brx.Ternary()
+    state = brx.binary_relax(optax.sgd(0.1), qset, 1.0).init({"kernel": jnp.eye(3)})
+    vars(qset)["tolerance"] = vars(qset).pop("rule").tolerance  # as sets had it
+    with pytest.raises(ValueError, match=r"saved by brelax_jax 0\.1\.0"):
+        pickle.loads(pickle.dumps(state))
+
+
 def test_nnx_state_at_init_and_after_updates():
     class Model(nnx.Module):
         def __init__(self, rngs):

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from examples.runs import datasets
+from examples.runs.progress import BAR
 from examples.train.data.splits import AnySplit, Indices, Split, Stream, centre_box, resized
 
 SPLIT_SEED = 0  # the same splits for every run, whatever its seed
@@ -83,7 +84,8 @@ class Encoded:
         images, labels = [], []
         with tqdm(
             total=len(indices),
-            desc=f"{self.builder.name} {self.split}",
+            desc=f"reading {self.builder.name} {self.split}",
+            bar_format=BAR,
             unit="img",
             disable=None if progress else True,
         ) as bar:
