@@ -18,6 +18,7 @@ import pytest
 from examples import experiments
 from examples.runs import report
 from examples.runs.log import Log, read
+from examples.runs.sets import parse_set
 from examples.train import __main__ as train
 from examples.train import cli, loop
 from examples.train.checkpoints import Checkpoints
@@ -25,7 +26,7 @@ from examples.train.data import load as data
 from examples.train.data.splits import Split
 from examples.train.loop import deployed
 from examples.train.models import make_model
-from examples.train.optimizer import continuation, layer_sets, learning_rate, parse_set
+from examples.train.optimizer import continuation, layer_sets, learning_rate
 from examples.train.steps import Trainer
 from tests.helpers import covering
 from tests.helpers.killed import TINY

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
+from examples.runs.sets import parse_set
 from examples.train import cli
 from examples.train.config import PRESETS, Config
-from examples.train.optimizer import continuation, layer_sets, learning_rate, parse_set
+from examples.train.optimizer import continuation, layer_sets, learning_rate
 
 
 def test_options_override_the_preset_and_the_preset_the_defaults():
