@@ -39,8 +39,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sets", default=tuple(SETS), metavar="NAME", help=f"{', '.join(SETS)}, or others")
     add("--seeds", type=int, default=[0, 1, 2], metavar="N", help="one float run for each")
     grid.add_argument("--epochs", type=int, default=10, metavar="N", help="epochs of every run")
+    add("--learning-rates", type=float, default=[], metavar="X", help=f"instead of {BASE.lr:g}")
     grid.add_argument("--granularity", default="tensor", help="weights that share a scale")
     add("--override", default=[], metavar="NAME=VALUE", help="settings of every run")
+    grid.add_argument(
+        "--together",
+        action="store_true",
+        help="train runs that differ only in seed and learning rate as one program, for a GPU",
+    )
     add = functools.partial(parser.group("in place of training").add_argument, action="store_true")
     add("--budget", help="only say what is done and missing")
     add("--report", help="only draw the table and the plots")
@@ -68,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
         elif options.report:
             print(report(runs, results, options.docs, tag(options)))
         else:
-            run_grid(runs, results, quiet=options.quiet)
+            run_grid(runs, results, options.quiet, options.together)
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -85,7 +91,7 @@ def tag(options: argparse.Namespace) -> str:
     return re.sub(r"[^\w.]+", "-", "-".join(words))
 
 
-def run_grid(runs: Sequence[Run], results: Results, quiet: bool) -> None:
+def run_grid(runs: Sequence[Run], results: Results, quiet: bool, together: bool) -> None:
     """Trains what is missing."""
     config = runs[0].config
     settings = (config.dataset, config.image_size, config.validation, config.train_examples)
@@ -94,7 +100,7 @@ def run_grid(runs: Sequence[Run], results: Results, quiet: bool) -> None:
     images = [run.config.epochs * run.config.images_per_epoch(len(data().train)) for run in missing]
     progress = Progress(sum(images), quiet=quiet)
     grid = Grid(results, data, progress)
-    left = grid.work(runs)
+    left = grid.work_together(runs) if together else grid.work(runs)
     progress.close()
     print(f"{len(runs) - len(left)} of {len(runs)} runs are done.")
     if left:

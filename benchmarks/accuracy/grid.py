@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.records import Results, collect, finished
 from benchmarks.accuracy.runs import Run
+from benchmarks.accuracy.together import teams, train_together
 from examples.runs.progress import Progress
 from examples.train.data.load import Data
 from examples.train.loop import run as train
@@ -34,6 +35,20 @@ class Grid:
             left = [run for run in left if not self.settle(run)]
         return left
 
+    def work_together(self, runs: Sequence[Run]) -> list[Run]:
+        """As `work`, but what can be trained together is, all float starts before the others."""
+        missing = [run for run in runs if not self._done(run, weights=False)]
+        starts = [run.start for run in missing if run.start and not finished(run)]
+        for team in teams(list(dict.fromkeys(starts))) + teams(missing):
+            with contextlib.ExitStack() as stack:
+                ours = [run for run in team if stack.enter_context(claimed(run))]
+                if fresh := [run for run in ours if not finished(run)]:
+                    self.progress.line(f"{fresh[0].name} and {len(fresh) - 1} like it")
+                    train_together(fresh, self.data(), self.progress)
+                for run in ours:
+                    self._collect(run)
+        return [run for run in runs if not self._done(run, weights=False)]
+
     def settle(self, run: Run, weights: bool = False) -> bool:
         """Whether there is the line of a run, and its weights if they are needed, after training it
         if need be; not if another process is at work on it or on its float start.
@@ -56,6 +71,9 @@ class Grid:
         if not finished(run):
             self.progress.line(run.name)
             train(run.config, self.data(), self.progress, resume=True)
+        self._collect(run)
+
+    def _collect(self, run: Run) -> None:
         record = collect(run)
         if self.results.find(run) is None:
             self.results.add(record)

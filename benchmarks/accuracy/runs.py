@@ -161,10 +161,11 @@ def plan(options: argparse.Namespace, base: Config = BASE) -> list[Run]:
         raise ValueError(f"Unknown method {unknown[0]!r}. Known: {', '.join(METHODS)}.")
     changes = {"granularity": options.granularity, **parse_changes(options.override)}
     runs = [
-        make_run(base, method, word, seed, options.epochs, changes, options.runs)
+        make_run(base, method, word, seed, options.epochs, {**changes, **rate}, options.runs)
         for seed in options.seeds
         for word in options.sets
         for method in options.methods
+        for rate in [{"lr": lr} for lr in options.learning_rates] or [{}]
     ]
     return list({run.name: run for run in runs}.values())
 

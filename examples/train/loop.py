@@ -60,11 +60,7 @@ def run(
     if begun and log.path.exists():
         log.cut(begun)
     else:
-        log.start(
-            config.to_json(),
-            examples=len(data.train),
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        )
+        log_start(log, config, data, state.params)
         log_weights(log, begun, state, config)
     progress.skip(begun * trainer.images_per_epoch)
     with contextlib.ExitStack() as stack:
@@ -74,6 +70,12 @@ def run(
     if finish is not None:
         finish(trainer, state)
     return result
+
+
+def log_start(log: Log, config: Config, data: Data, params: Any, **facts: Any) -> None:
+    """Begins the log of a run."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    log.start(config.to_json(), examples=len(data.train), parameters=size, **facts)
 
 
 def train(
@@ -90,7 +92,7 @@ def train(
         state, values = train_epoch(trainer, state, epoch, log, progress)
         values |= evaluate(trainer, state, data.validation if len(data.validation) else data.test)
         log.write("epoch", epoch=epoch, step=state.step, **values)
-        if epoch in np.linspace(0, config.epochs, SNAPSHOTS).round():
+        if weights_due(epoch, config):
             log_weights(log, epoch, state, config)
         if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
             checkpoints.save(epoch, state, config)
@@ -142,18 +144,25 @@ def pull(trainer: Trainer, state: TrainState) -> dict[str, float]:
     """λ and the strength of the last step; nothing for a float run."""
     if trainer.config.method == "float":
         return {}
-    alpha = float(brx.strength(state.opt_state))
-    return {"lam": alpha / (1 - alpha) if alpha < 1 else math.inf, "strength": alpha}
+    return pull_of(float(brx.strength(state.opt_state)))
+
+
+def pull_of(alpha: float) -> dict[str, float]:
+    """A strength, and the λ that it belongs to."""
+    return {"lam": alpha / (1 - alpha) if alpha < 1 else math.inf, "strength": float(alpha)}
 
 
 def layer_metrics(trainer: Trainer, state: TrainState) -> dict[str, dict[str, Any]]:
     """The metrics of each quantized layer; waits for the device."""
     sets = layer_sets(trainer.config).assign(state.params)
-    found = {}
-    for path, values in jax.device_get(trainer.metrics(state.opt_state, state.params)).items():
-        mean_scale = np.mean(values.scale, dtype=np.float64)
-        found[path] = {**values._asdict(), "scale": mean_scale, "levels": sets[path].levels}
-    return found
+    values = jax.device_get(trainer.metrics(state.opt_state, state.params))
+    return {path: shown_metrics(each, sets[path]) for path, each in values.items()}
+
+
+def shown_metrics(values: brx.LeafMetrics, qset: brx.QuantizedSet) -> dict[str, Any]:
+    """The metrics of a layer as a log has them, with the mean of its scales."""
+    mean_scale = np.mean(values.scale, dtype=np.float64)
+    return {**values._asdict(), "scale": mean_scale, "levels": qset.levels}
 
 
 def deployed(trainer: Trainer, state: TrainState) -> tuple[Any, Any]:
@@ -179,10 +188,13 @@ def evaluate(trainer: Trainer, state: TrainState, split: AnySplit) -> dict[str, 
 def final_result(trainer: Trainer, state: TrainState) -> dict[str, Any]:
     """Test accuracy, and what each quantized layer holds."""
     params, _ = deployed(trainer, state)
-    quantized = trainer.config.method != "float"
-    layers = quantized_layers(params, layer_sets(trainer.config)) if quantized else []
+    return {**evaluate(trainer, state, trainer.data.test), **what_is_held(params, trainer.config)}
+
+
+def what_is_held(params: Any, config: Config) -> dict[str, Any]:
+    """What deployed params hold, layer by layer, and their size."""
+    layers = [] if config.method == "float" else quantized_layers(params, layer_sets(config))
     return {
-        **evaluate(trainer, state, trainer.data.test),
         "bits_per_weight": bits_per_weight(layers),
         "bytes": size_in_bytes(params, layers),
         "layers": [dataclasses.asdict(layer) for layer in layers],
@@ -199,6 +211,11 @@ def epoch_line(epoch: int, config: Config, values: dict[str, Any]) -> str:
         text += f"  deployed {values[name + '_deployed']:6.2%}"
         text += f"  λ {values['lam']:.3g}  α {values['strength']:.3f}"
     return text + f"  {values['images_per_second']:.0f} img/s  {values['seconds']:.1f} s"
+
+
+def weights_due(epoch: int, config: Config) -> bool:
+    """Whether a histogram of weights is logged after this epoch."""
+    return epoch in np.linspace(0, config.epochs, SNAPSHOTS).round()
 
 
 def log_weights(log: Log, epoch: int, state: TrainState, config: Config) -> None:

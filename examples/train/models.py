@@ -25,6 +25,7 @@ def conv_init(key: Array, shape: Sequence[int], dtype: DTypeLike = "float32") ->
 
 
 Conv = partial(nn.Conv, use_bias=False, kernel_init=conv_init)
+Convolve = Callable[..., Array]  # as `lax.conv_general_dilated`
 
 
 class Network(nn.Module):
@@ -35,11 +36,24 @@ class Network(nn.Module):
       dtype: dtype to compute in; the params and the output are float32.
       bn_momentum: how much of the running statistics a step keeps; with 0 they are those of the
         last batch.
+      convolve: how convolutions are computed; None for `lax.conv_general_dilated`.
     """
 
     classes: int
     dtype: DTypeLike = "float32"
     bn_momentum: float = 0.9
+    convolve: Convolve | None = None
+
+    def conv(self, width: int, size: tuple[int, int], stride: int, name: str) -> nn.Conv:
+        """A convolution without a bias."""
+        return Conv(
+            width,
+            size,
+            stride,
+            dtype=self.dtype,
+            name=name,
+            conv_general_dilated=self.convolve,
+        )
 
     def norm(self, x: Array, train: bool, name: str | None = None) -> Array:
         """Batch normalization."""
@@ -61,7 +75,7 @@ class Cnn(Network):
         for i, width in enumerate(self.widths):
             stride = 2 if i in (1, 3) else 1
             name = "stem" if i == 0 else f"conv_{i}"
-            x = Conv(width, (3, 3), stride, dtype=self.dtype, name=name)(x)
+            x = self.conv(width, (3, 3), stride, name)(x)
             x = nn.relu(self.norm(x, train))
         return self.head(x)
 
@@ -80,7 +94,7 @@ class Vgg(Network):
     def __call__(self, x: Array, train: bool = False) -> Array:
         for i, width in enumerate(self.plan):
             if width:
-                x = Conv(width, (3, 3), dtype=self.dtype, name=f"conv_{i}" if i else "stem")(x)
+                x = self.conv(width, (3, 3), 1, f"conv_{i}" if i else "stem")(x)
                 x = nn.relu(self.norm(x, train))
             elif min(x.shape[1:3]) > 1:
                 x = nn.max_pool(x, (2, 2), (2, 2))
@@ -110,7 +124,7 @@ class ResNet(Network):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         kernel, stride = ((7, 7), 2) if self.large else ((3, 3), 1)
-        x = Conv(self.width, kernel, stride, dtype=self.dtype, name="stem")(x)
+        x = self.conv(self.width, kernel, stride, "stem")(x)
         x = nn.relu(self.norm(x, train))
         if self.large:
             x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
@@ -130,8 +144,7 @@ class ResNet(Network):
             layers = [(width, 1, 1), (width, 3, stride), (last, 1, 1)]
         for i, (channels, pixels, step) in enumerate(layers):
             y = nn.relu(y) if i else y
-            size = (pixels, pixels)
-            y = Conv(channels, size, step, dtype=self.dtype, name=f"{name}_conv{i}")(y)
+            y = self.conv(channels, (pixels, pixels), step, f"{name}_conv{i}")(y)
             y = self.norm(y, train)
         if x.shape != y.shape:
             x = self.shortcut(x, train, last, stride, f"{name}_shortcut")
@@ -140,7 +153,7 @@ class ResNet(Network):
     def shortcut(self, x: Array, train: bool, width: int, stride: int, name: str) -> Array:
         """The input of a block in the shape of its output."""
         if self.large:
-            x = Conv(width, (1, 1), stride, dtype=self.dtype, name=name)(x)
+            x = self.conv(width, (1, 1), stride, name)(x)
             return self.norm(x, train)
         x = x[:, ::stride, ::stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))

@@ -4,6 +4,8 @@ A compiled loop around convolutions would run several times slower on CPU than a
 Python.
 """
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ import brelax_jax as brx
 from examples.train.config import Config
 from examples.train.data.augment import augment, normalize
 from examples.train.data.load import Data
-from examples.train.data.splits import AnySplit, Split, Stream
+from examples.train.data.splits import AnySplit, Indices, Split, Stream
 from examples.train.mesh import everywhere, laid_out, make_mesh, over_data, over_model
 from examples.train.models import make_model
 from examples.train.optimizer import learning_rate, make_optimizer
@@ -78,9 +80,21 @@ class Trainer:
                 f"A batch of {self.batch} does not divide over the {self._rows} rows of --mesh "
                 f"{config.mesh}: give another --batch or --mesh."
             )
-        shapes = jax.eval_shape(self._init)
+        shapes = jax.eval_shape(self.initial_state)
         self._abstract = laid_out(shapes, over_model(mesh, shapes))
         self._jit(over_model(mesh, shapes), over_data(mesh), everywhere(mesh))
+
+    def with_numbers(self, **numbers: Any) -> "Trainer":
+        """The same with other numbers in its settings: its seed or its learning rate.
+
+        In a function that is transformed by `jax.vmap` they may be traced. The jitted functions
+        keep the numbers of before.
+        """
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, **numbers)
+        other.learning_rate = learning_rate(other.config, self.steps_per_epoch)
+        other.optimizer = make_optimizer(other.config, self.steps_per_epoch)
+        return other
 
     def abstract_state(self) -> TrainState:
         """The shapes, dtypes and shardings of a state."""
@@ -88,11 +102,14 @@ class Trainer:
 
     def batches(self, epoch: int) -> Iterator[Split]:
         """The training batches of an epoch, in an order made from the seed and the epoch only."""
+        key = (self.config.seed, epoch) if self.config.augment else None
+        return self.data.train.batches(self.order(epoch), key)
+
+    def order(self, epoch: int) -> Iterator[Indices]:
+        """The indices of each of these batches."""
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data.train))
         starts = range(0, self.images_per_epoch, self.batch)
-        parts = (order[start : start + self.batch] for start in starts)
-        key = (self.config.seed, epoch) if self.config.augment else None
-        return self.data.train.batches(parts, key)
+        return (order[start : start + self.batch] for start in starts)
 
     def evaluate(self, params: Any, batch_stats: Any, split: AnySplit) -> float:
         """Accuracy on a split."""
@@ -122,10 +139,10 @@ class Trainer:
     def _jit(self, states: Any, batches: Any, whole: Any) -> None:
         """Makes the jitted functions, with the shardings of what they take and give."""
         model = (states.params, states.batch_stats)
-        self.init = jax.jit(self._init, out_shardings=states)
-        self.warm_state = jax.jit(self._state, in_shardings=model, out_shardings=states)
+        self.init = jax.jit(self.initial_state, out_shardings=states)
+        self.warm_state = jax.jit(self.state_of, in_shardings=model, out_shardings=states)
         self.step = jax.jit(
-            self._step,
+            self.next_state,
             in_shardings=(states, batches, batches),
             out_shardings=(states, whole),
             donate_argnums=0,
@@ -133,27 +150,29 @@ class Trainer:
         self.quantized = jax.jit(brx.quantized_params, out_shardings=states.params)
         self.metrics = jax.jit(brx.metrics, out_shardings=whole)
         self._sums = jax.jit(
-            self._batch_sums, in_shardings=(*model, *(batches,) * 3), out_shardings=whole
+            self.sums_of, in_shardings=(*model, *(batches,) * 3), out_shardings=whole
         )
         self._statistics = jax.jit(
-            self._batch_statistics,
+            self.statistics_of,
             in_shardings=(states.params, batches, whole),
             out_shardings=states.batch_stats,
         )
 
-    def _init(self) -> TrainState:
+    def initial_state(self) -> TrainState:
         """The state before the first step."""
         image = jnp.zeros((1, *self.data.train.shape))
         variables = self.model.init(jax.random.key(self.config.seed), image)
-        return self._state(variables["params"], variables["batch_stats"])
+        return self.state_of(variables["params"], variables["batch_stats"])
 
-    def _state(self, params: Any, batch_stats: Any) -> TrainState:
+    def state_of(self, params: Any, batch_stats: Any) -> TrainState:
         """The state before the first step from given params and batch statistics."""
         return TrainState(
             jnp.zeros((), jnp.int32), params, batch_stats, self.optimizer.init(params)
         )
 
-    def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Sums]:
+    def next_state(
+        self, state: TrainState, images: Array, labels: Array
+    ) -> tuple[TrainState, Sums]:
         images = self._augmented(images, state.step)
 
         def loss(params: Any) -> tuple[Array, tuple[Array, Any]]:
@@ -177,7 +196,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
         return augment(key, images, shifts=not isinstance(self.data.train, Stream))
 
-    def _batch_sums(
+    def sums_of(
         self, params: Any, batch_stats: Any, images: Array, labels: Array, counts: Array
     ) -> Sums:
         variables = {"params": params, "batch_stats": batch_stats}
@@ -188,7 +207,7 @@ class Trainer:
         correct = jnp.argmax(logits, axis=-1) == labels
         return Sums(jnp.sum(losses * counts), jnp.sum(correct * counts), jnp.sum(counts))
 
-    def _batch_statistics(self, params: Any, images: Array, number: Array) -> Any:
+    def statistics_of(self, params: Any, images: Array, number: Array) -> Any:
         images = self._augmented(images, -number)  # as those of the running averages are
         forgetful = self.model.clone(bn_momentum=0.0)
         inputs = normalize(images, self.mean, self.std)
