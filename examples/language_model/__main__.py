@@ -1,9 +1,9 @@
-"""A ternary language model: a small transformer that writes Shakespeare, character by character.
+"""A language model in few bits: a small Llama that writes Shakespeare, character by character.
 
-For each seed it trains a float network. Three networks start from its weights: one whose kernels
-become ternary by BinaryRelax, with one scale for each output channel; one by BinaryConnect; and a
-float one with as many further steps. The float network made ternary at once is compared too. At the
-end it prints bits per character (fewer are better), and what each network writes.
+For each seed it trains a float network. Others start from its weights: a float one with as many
+further steps, and for each set one whose kernels end on it by BinaryRelax and one by BinaryConnect.
+The float network that is rounded at once is compared too. At the end it prints bits per character
+(fewer are better), and what each network writes.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from brelax_jax._command_line import Parser
 from examples.language_model import llama_cpp
@@ -23,6 +24,8 @@ from examples.runs.progress import Progress
 from examples.runs.report import table
 from examples.runs.settings import flag
 from examples.runs.studies import other_revisions
+
+METAVARS: dict[Any, str] = {int: "N", float: "X", tuple: "SET"}
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
@@ -39,20 +42,22 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Na
         "--export-gguf",
         type=Path,
         metavar="FILE",
-        help="write the first seed's BinaryRelax network as float32, ternary and 4-bit files",
+        help="write the first seed's BinaryRelax networks as files for llama.cpp",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for field in dataclasses.fields(Settings):
-        choices = field.metadata["choices"]
+        choices, several = field.metadata["choices"], isinstance(field.default, tuple)
         parser.group(field.metadata["group"]).add_argument(
             flag(field.name),
-            type=type(field.default),
+            type=str if several else type(field.default),
+            nargs="+" if several else None,
             default=field.default,
             choices=choices,
-            metavar=None if choices else "N" if isinstance(field.default, int) else "X",
+            metavar=None if choices else METAVARS[type(field.default)],
             help=field.metadata["help"],
         )
     given = parser.parse_args(arguments)
+    given.sets = tuple(given.sets)
     settings = Settings(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Settings)})
     try:
         settings.check()
@@ -73,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = [Seed(options.out, seed, settings, options.resume) for seed in options.seeds]
         steps = sum(network.steps for network in trainer.networks.values())
         progress = Progress(len(kept) * steps, options.quiet, unit="step")
-        runs = [train_missing(trainer, each, progress) for each in kept]
+        train_missing(trainer, kept, progress)
+        runs = [each.results for each in kept]
         progress.close()
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -86,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n--- {name}\n{runs[0][name]['sample']}")
     print(f"\nwritten: {kept[0].study.path}, and beside it the params")
     if options.export_gguf:
-        params = kept[0].params("BinaryRelax", trainer.init(kept[0].seed))
-        print(llama_cpp.exported(trainer, params, options.export_gguf))
+        print(llama_cpp.exported(trainer, kept[0], options.export_gguf))
     if left_out := other_revisions([line for each in kept for line in each.other_revisions]):
         print(left_out)
     return 0

@@ -3,19 +3,14 @@
 import dataclasses
 import math
 
-import brelax_jax as brx
+from examples.runs import sets
 from examples.runs.settings import flag, setting
-
-SETS = {"ternary-threshold": brx.TernaryThreshold, "ternary": brx.Ternary}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a run computes."""
 
-    architecture: str = setting(
-        "llama", "model", "llama runs in llama.cpp; alibi is older and smaller", ("llama", "alibi")
-    )
     width: int = setting(128, "model", "size of the vector of a character")
     layers: int = setting(4, "model", "blocks of attention and dense layers")
     heads: int = setting(4, "model", "heads of each attention")
@@ -26,11 +21,11 @@ class Settings:
     warmup: int = setting(100, "training", "steps over which a learning rate grows")
     lr: float = setting(4e-3, "training", "highest learning rate")
     weight_decay: float = setting(0.01, "training", "AdamW's, on the float weights")
-    set: str = setting(
-        "ternary-threshold",
+    sets: tuple[str, ...] = setting(
+        ("q2_0",),
         "quantization",
-        "scale by the threshold rule, or the nearest ternary matrix",
-        tuple(SETS),
+        "sets on which kernels end, as in examples.train: formats of llama.cpp such as tq2_0 and "
+        "q4_0, or others, such as ternary, with one scale for each output channel",
     )
     shape: str = setting(
         "geometric", "quantization", "growth of λ", ("geometric", "linear", "cosine", "sigmoid")
@@ -49,11 +44,9 @@ class Settings:
                 )
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be positive, got {self.lr}.")
-        if self.width % self.heads:
-            raise ValueError(f"--heads {self.heads} must divide --width {self.width}.")
-        if self.architecture == "llama" and self.width % (2 * self.heads):
+        if self.width % (2 * self.heads):
             raise ValueError(
-                f"--heads {self.heads} must divide half of --width {self.width}: llama turns pairs."
+                f"--heads {self.heads} must divide half of --width {self.width}: pairs are turned."
             )
         if not 0 <= self.hard_share <= 1:
             raise ValueError(f"--hard-share must be from 0 to 1, got {self.hard_share}.")
@@ -61,3 +54,5 @@ class Settings:
             raise ValueError(
                 f"--warmup must be less than the steps of each network, got {self.warmup}."
             )
+        for word in self.sets:
+            sets.parse_set(word)

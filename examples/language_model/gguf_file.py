@@ -1,18 +1,20 @@
 """A network of the Llama architecture as a GGUF file, which llama.cpp runs."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 import brelax_jax as brx
 from examples.language_model.config import Settings
 from examples.language_model.llama import BASE, EPSILON, WIDER
 from examples.language_model.text import Text
+from examples.runs.sets import GGUF
 
 FLOAT = "f32"
+BLOCKS = {"q1_0": 128, "q2_0": 64, "tq1_0": 256, "tq2_0": 256, "nvfp4": 64} | dict.fromkeys(
+    ("q4_0", "q5_0", "q8_0", "mxfp4"), 32
+)
 LAYERS = {  # of a block: what llama.cpp calls them
     "query": "attn_q",
     "key": "attn_k",
@@ -24,41 +26,24 @@ LAYERS = {  # of a block: what llama.cpp calls them
 }
 
 
-def formats(settings: Settings) -> tuple[str, ...]:
-    """Float, ternary (the smallest format whose blocks divide the rows), and 4 bits."""
-    return FLOAT, "q2_0" if settings.width % 256 else "tq2_0", "q4_0"
+def formats(settings: Settings) -> dict[str, str]:
+    """The sets that are formats of GGUF, by their words."""
+    kinds = {word: word.partition("@")[0] for word in settings.sets}
+    return {word: kind for word, kind in kinds.items() if kind in GGUF}
 
 
-def deployed(params: Any) -> Any:
-    """The params with a `Quantized` in place of each ternary kernel, one scale for each output.
+def write(path: Path, network: Any, settings: Settings, text: Text, word: str, kind: str) -> Path:
+    """Writes a network with packed kernels, and returns the file's path.
 
-    Scales become the nearest float16 values, which is what the formats hold.
+    Args:
+      path: of the file; its name gets the set's and the format's.
+      network: as `brx.load(…, packed=True)` gives it.
+      settings: its settings.
+      text: whose characters it knows.
+      word: its set.
+      kind: a format of GGUF for the kernels, or `FLOAT`.
     """
-
-    def coded(kernel: Any) -> brx.Quantized:
-        scale = jnp.abs(kernel).max(axis=0, keepdims=True).astype("float16").astype("float32")
-        return brx.Quantized(jnp.sign(kernel).astype("int8"), scale, (0.0, 1.0), jnp.float32)
-
-    return map_kernels(coded, params)
-
-
-def multiplied_out(network: Any) -> Any:
-    """The params of what `deployed` gives."""
-    return map_kernels(brx.Quantized.dequantize, network)
-
-
-def map_kernels(function: Callable[[Any], Any], params: Any) -> Any:
-    """`params` with function(kernel) in place of each kernel of a block."""
-    mapped = {name: dict(part) for name, part in params.items()}
-    for name in mapped:
-        if name.startswith("block_"):
-            mapped[name] |= {k: {"kernel": function(mapped[name][k]["kernel"])} for k in LAYERS}
-    return mapped
-
-
-def write(path: Path, network: Any, settings: Settings, text: Text, kind: str) -> Path:
-    """Writes what `deployed` gives, and returns the file's path, which names the format."""
-    path = path.with_name(f"{path.stem}-{kind}.gguf")
+    path = path.with_name(f"{path.stem}-{word}{'-f32' if kind == FLOAT else ''}.gguf")
     path.parent.mkdir(parents=True, exist_ok=True)
     rarest = int(np.bincount(text.train, minlength=len(text.characters)).argmin())
     tokens = [*range(len(text.characters)), rarest]  # the last one is the end, as unlikely
@@ -72,7 +57,7 @@ def write(path: Path, network: Any, settings: Settings, text: Text, kind: str) -
         tensors[f"blk.{i}.attn_norm.weight"] = block["attention_norm"]["scale"]
         tensors[f"blk.{i}.ffn_norm.weight"] = block["dense_norm"]["scale"]
         for layer, name in LAYERS.items():
-            kernel = block[layer]["kernel"]
+            kernel = block[layer]["kernel"].unpack()
             stored = kernel.dequantize().T if kind == FLOAT else (kernel, kind)
             tensors[f"blk.{i}.{name}.weight"] = stored
     brx.export.write_gguf(path, "llama", metadata(settings, text.characters), tensors)

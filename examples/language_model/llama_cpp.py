@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import brelax_jax as brx
 from examples.language_model import gguf_file
 from examples.language_model.config import Settings
+from examples.language_model.seeds import Seed
 from examples.language_model.text import Codes, windows
 from examples.language_model.trainer import Trainer
 from examples.runs.report import table
@@ -22,31 +24,39 @@ COMPARED = 500  # characters of the validation split that llama.cpp predicts
 def check(settings: Settings) -> None:
     """Raises an error before training if the network could not be written after it."""
     importlib.import_module("gguf")
-    if settings.architecture != "llama":
-        raise ValueError(f"--export-gguf needs --architecture llama, got {settings.architecture}.")
-    if settings.width % 64:
-        raise ValueError(f"--export-gguf needs a --width in blocks of 64, got {settings.width}.")
+    if not gguf_file.formats(settings):
+        raise ValueError(f"--export-gguf needs a format of GGUF in --sets, got {settings.sets}.")
+    for word, kind in gguf_file.formats(settings).items():
+        if settings.width % gguf_file.BLOCKS[kind]:
+            raise ValueError(
+                f"--export-gguf of {word} needs a --width in blocks of {gguf_file.BLOCKS[kind]}, "
+                f"got {settings.width}."
+            )
 
 
-def exported(trainer: Trainer, params: Any, path: Path) -> str:
-    """Writes a ternary network in each format, and says what each file comes to in llama.cpp."""
-    network = gguf_file.deployed(params)
+def exported(trainer: Trainer, kept: Seed, path: Path) -> str:
+    """Writes the BinaryRelax network of each format of GGUF, in that and as floats, and says what
+    each file comes to in llama.cpp.
+    """
     context, text = trainer.settings.context, trainer.text
     part = text.validation[: COMPARED + 1]
     runs = importlib.util.find_spec("xllamacpp") is not None
     lines: list[dict[str, str]] = []
-    for kind in gguf_file.formats(trainer.settings):
-        file = gguf_file.write(path, network, trainer.settings, text, kind)
-        line = {"file": str(file), "size (KiB)": f"{file.stat().st_size / 1024:.0f}"}
-        if runs:
-            running = LlamaCpp(file, len(text.characters), context)
-            line["bits per character"] = f"{running.bits_per_character(part, context):.4f}"
-        lines.append(line)
-    ours = trainer.bits_per_character(gguf_file.multiplied_out(network), part)
-    where = "in llama.cpp" if runs else "not run: pip install xllamacpp"
+    for word, own in gguf_file.formats(trainer.settings).items():
+        network = kept.network(f"BinaryRelax, {word}", packed=True)
+        ours = trainer.bits_per_character(brx.dequantize(network), part)
+        for kind in (gguf_file.FLOAT, own):
+            file = gguf_file.write(path, network, trainer.settings, text, word, kind)
+            line = {"file": str(file), "size (KiB)": f"{file.stat().st_size / 1024:.0f}"}
+            line["in JAX"] = f"{ours:.4f}"
+            if runs:
+                running = LlamaCpp(file, len(text.characters), context)
+                line["in llama.cpp"] = f"{running.bits_per_character(part, context):.4f}"
+            lines.append(line)
+    note = "" if runs else " For llama.cpp's: pip install xllamacpp."
     return (
-        f"\nBinaryRelax, {where}; in JAX it has {ours:.4f} bits per character on the first "
-        f"{len(part)} characters of the validation split.\n\n{table(lines)}"
+        f"\nBits per character of BinaryRelax on the first {len(part)} characters of the "
+        f"validation split.{note}\n\n{table(lines)}"
     )
 
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import optax
 
 import brelax_jax as brx
-from examples.language_model.config import SETS, Settings
+from examples.language_model.config import Settings
+from examples.runs.sets import parse_set
 
 START = "float"  # the network from which the others start
 
@@ -17,19 +18,18 @@ class Network(NamedTuple):
       before: steps that its start has behind it.
       steps: its own.
       optimizer: AdamW, alone or inside a transformation that quantizes.
-      ternary: whether its kernels end up ternary.
+      word: the set on which its kernels end; None for a float network.
     """
 
     before: int
     steps: int
     optimizer: optax.GradientTransformation
-    ternary: bool
+    word: str | None = None
 
 
-def ternary(settings: Settings) -> brx.Selection:
-    """Every kernel but the head's, one scale for each output channel; embeddings are no kernels."""
-    qset = SETS[settings.set](granularity=brx.PerChannel())
-    return brx.select((r"^head/", None), default=qset)
+def rules(word: str) -> brx.Selection:
+    """Every kernel but the head's; embeddings are no kernels."""
+    return brx.select((r"^head/", None), default=parse_set(word, "channel"))
 
 
 def networks(settings: Settings) -> dict[str, Network]:
@@ -40,14 +40,13 @@ def networks(settings: Settings) -> dict[str, Network]:
         schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, settings.warmup, steps)
         return optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay)
 
-    base, rules = adamw(further), ternary(settings)
-    connect = brx.binary_connect(base, rules)
+    base, found = adamw(further), {START: Network(0, steps, adamw(steps))}
+    found["float, further"] = Network(steps, further, base)
     plan = brx.continuation(further, settings.shape, settings.hard_share)
-    relax = brx.binary_relax(base, rules, plan)
-    return {
-        START: Network(0, steps, adamw(steps), False),
-        "abrupt ternary": Network(steps, 0, connect, True),
-        "float, further": Network(steps, further, base, False),
-        "BinaryRelax": Network(steps, further, relax, True),
-        "BinaryConnect": Network(steps, further, connect, True),
-    }
+    for word in settings.sets:
+        connect = brx.binary_connect(base, rules(word))
+        relax = brx.binary_relax(base, rules(word), plan)
+        found[f"rounded, {word}"] = Network(steps, 0, connect, word)
+        found[f"BinaryRelax, {word}"] = Network(steps, further, relax, word)
+        found[f"BinaryConnect, {word}"] = Network(steps, further, connect, word)
+    return found

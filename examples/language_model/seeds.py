@@ -1,37 +1,34 @@
 """The runs of one seed: training what is missing, and keeping what each network has come to."""
 
-import dataclasses
 import math
-import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flax
-import flax.serialization
 import jax
 import optax
 
 import brelax_jax as brx
 from examples.language_model.config import Settings
-from examples.language_model.networks import START
+from examples.language_model.networks import START, rules
 from examples.language_model.report import shown
-from examples.language_model.trainer import Trainer
+from examples.language_model.trainer import Trained, Trainer
 from examples.runs import studies
 from examples.runs.progress import Progress
 from examples.runs.report import bits_per_weight, quantized_layers, size_in_bytes
 from examples.runs.settings import differences
 from examples.runs.studies import Study, current
 
-EARLIER = {"architecture": "alibi"}  # settings of lines that lack them
 VERSIONS = {package.__name__: package.__version__ for package in (brx, jax, optax, flax)}
 
 
 class Seed:
     """The networks of a seed: a line of the study for each, and beside the study its params.
 
-    The params are written first, so that a seed that was killed goes on after the last network that
+    The params are written first, so that a run that was killed goes on after the last network that
     has its line.
 
     Raises:
@@ -39,15 +36,15 @@ class Seed:
     """
 
     def __init__(self, out: str, seed: int, settings: Settings, resume: bool) -> None:
-        self.seed, self.study = seed, Study(Path(out) / f"{settings.set}.jsonl")
-        self._settings = dataclasses.asdict(settings)
+        self.seed, self.study = seed, Study(Path(out) / "networks.jsonl")
+        self._settings = {n: v for n, v in vars(settings).items() if n != "sets"}
         lines = [line for line in self.study.read() if line["seed"] == seed]
         if lines and not resume:
             raise ValueError(
                 f"{self.study.path} has seed {seed}: go on with --resume, or give another --out."
             )
         for line in lines:
-            if changed := differences(line["settings"], self._settings, EARLIER):
+            if changed := differences(line["settings"], self._settings, {}):
                 raise ValueError(
                     f"{self.study.path}: {line['name']} is of another configuration:\n  "
                     + "\n  ".join(changed)
@@ -58,17 +55,18 @@ class Seed:
             line["network"]: line["result"] for line in lines if current(line)
         }
 
-    def save(self, name: str, ternary: bool, params: Any, result: dict[str, Any]) -> None:
+    def save(self, name: str, word: str | None, trained: Trained, result: dict[str, Any]) -> None:
         """Keeps a network that is trained."""
-        path = self._params_path(name)
+        path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".new")
-        beside.write_bytes(flax.serialization.to_bytes(params))
-        os.replace(beside, path)
+        if word is None:
+            brx.save(path, trained.params, rules=brx.select(default=None))
+        else:
+            brx.save(path, trained.params, trained.state)
         self.study.add(
             {
                 "name": self._name(name),
-                "revision": studies.REVISION if ternary else None,
+                "revision": studies.REVISION if word else None,
                 "versions": VERSIONS,
                 "settings": self._settings,
                 "seed": self.seed,
@@ -78,51 +76,52 @@ class Seed:
         )
         self.results[name] = result
 
-    def params(self, name: str, like: Any) -> Any:
-        """The params of a network that is kept."""
-        path = self._params_path(name)
+    def network(self, name: str, packed: bool = False) -> Any:
+        """A network that is kept: its params, or with its kernels packed."""
+        path = self.path(name)
         try:
-            return flax.serialization.from_bytes(like, path.read_bytes())
-        except Exception as error:  # what is damaged raises errors of many kinds
+            return brx.load(path, packed)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}): remove the lines of seed {self.seed} from "
                 f"{self.study.path} to start this seed again."
             ) from None
 
-    def _params_path(self, name: str) -> Path:
-        return self.study.path.with_name(f"{self.study.path.stem}-{self._name(name)}.msgpack")
+    def path(self, name: str) -> Path:
+        """The file of a network."""
+        return self.study.path.with_name(f"{self._name(name)}.safetensors")
 
     def _name(self, network: str) -> str:
-        return f"{re.sub(r'[, ]+', '-', network)}-seed{self.seed}"
+        return f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', network)}-seed{self.seed}"
 
 
-def train_missing(trainer: Trainer, kept: Seed, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Trains the networks of a seed that are not kept yet; the results of all by their names."""
-    missing = [name for name in trainer.networks if name not in kept.results]
-    progress.skip(sum(n.steps for name, n in trainer.networks.items() if name not in missing))
-    start = trainer.init(kept.seed) if missing else None
-    if missing and START not in missing:
-        start = kept.params(START, start)
-    for name in missing:
-        network = trainer.networks[name]
-        begin = time.perf_counter()
-        params, state = trainer.train(name, start, kept.seed, progress)
-        if network.ternary:
-            params = trainer.quantized(state, params)
+def train_missing(trainer: Trainer, kept: Sequence[Seed], progress: Progress) -> None:
+    """Trains what the seeds lack, each network for all of them together."""
+    for name, network in trainer.networks.items():
+        lacking = [each for each in kept if name not in each.results]
+        progress.skip((len(kept) - len(lacking)) * network.steps)
+        if not lacking:
+            continue
         if name == START:
-            start = params
-        kept.save(name, network.ternary, params, measured(trainer, name, params, kept.seed))
-        bits, seconds = kept.results[name]["validation"], time.perf_counter() - begin
-        progress.line(
-            f"seed {kept.seed}  {name:<14}  {shown(bits)} bits per character  {seconds:.0f} s"
-        )
-    return kept.results
+            starts = [trainer.init(each.seed) for each in lacking]
+        else:
+            starts = [each.network(START) for each in lacking]
+        begin = time.perf_counter()
+        found = trainer.train(name, starts, [each.seed for each in lacking], progress)
+        seconds = (time.perf_counter() - begin) / len(lacking)
+        for each, trained in zip(lacking, found, strict=True):
+            result = measured(trainer, name, trained, each.seed)
+            each.save(name, network.word, trained, result)
+            progress.line(
+                f"seed {each.seed}  {name:<24}  {shown(result['validation'])} bits per character  "
+                f"{seconds:.0f} s"
+            )
 
 
-def measured(trainer: Trainer, name: str, params: Any, seed: int) -> dict[str, Any]:
+def measured(trainer: Trainer, name: str, trained: Trained, seed: int) -> dict[str, Any]:
     """What the table says of a network, and what it writes."""
-    network = trainer.networks[name]
-    layers = quantized_layers(params, trainer.rules) if network.ternary else []
+    network, params = trainer.networks[name], trained.params
+    layers = quantized_layers(params, rules(network.word)) if network.word else []
     bits = {
         split: finite(trainer.bits_per_character(params, getattr(trainer.text, split)))
         for split in ("held_out", "validation", "test")
@@ -133,6 +132,7 @@ def measured(trainer: Trainer, name: str, params: Any, seed: int) -> dict[str, A
         "values": max((layer.distinct for layer in layers), default=None),
         "bits_per_weight": bits_per_weight(layers),
         "bytes": size_in_bytes(params, layers),
+        "curve": {str(step): finite(each) for step, each in trained.curve.items()},
         "sample": trainer.sample(params, seed),
     }
 

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,25 @@ from jax import Array
 import brelax_jax as brx
 from examples.language_model.config import Settings
 from examples.language_model.llama import Llama
-from examples.language_model.networks import networks, ternary
+from examples.language_model.networks import Network, networks
 from examples.language_model.text import Codes, Text, batch_at, windows
-from examples.language_model.transformer import Transformer
 from examples.runs.progress import Progress
 
-ARCHITECTURES = {"llama": Llama, "alibi": Transformer}
+CURVE = 20  # points of the curve of a training
+
+
+class Trained(NamedTuple):
+    """A network that is trained.
+
+    Attributes:
+      params: as deployed.
+      state: the optimizer's.
+      curve: by steps, the bits per character of the held out text, as deployed.
+    """
+
+    params: Any
+    state: Any
+    curve: dict[int, float]
 
 
 class Trainer:
@@ -30,40 +44,64 @@ class Trainer:
 
     def __init__(self, settings: Settings, text: Text) -> None:
         self.settings, self.text, self.networks = settings, text, networks(settings)
-        self.rules = ternary(settings)
         for split in ("train", "held_out", "validation", "test"):
             if (length := len(getattr(text, split))) <= settings.context:
                 raise ValueError(
                     f"The {split} split has {length} characters: give a --context below that."
                 )
-        self.model = ARCHITECTURES[settings.architecture](
-            len(text.characters), settings.width, settings.layers, settings.heads
-        )
+        self.model = Llama(len(text.characters), settings.width, settings.layers, settings.heads)
         self.init = jax.jit(self._init)
         self.logits = jax.jit(self._logits)
-        self.quantized = jax.jit(brx.quantized_params)
+        self.quantized = jax.jit(jax.vmap(brx.quantized_params))
         self._step = {
-            name: jax.jit(functools.partial(self._update, n.optimizer), donate_argnums=(0, 1))
+            name: jax.jit(
+                jax.vmap(functools.partial(self._update, n.optimizer)), donate_argnums=(0, 1)
+            )
             for name, n in self.networks.items()
         }
         self._sum = jax.jit(lambda *batch: jnp.sum(self._nats(*batch[:2]) * batch[2]))
         self._next = jax.jit(self._draw)
 
-    def train(self, name: str, params: Any, seed: int, progress: Progress) -> tuple[Any, Any]:
-        """The params and the optimizer's state of a network, trained from given params.
+    def train(
+        self, name: str, params: Sequence[Any], seeds: Sequence[int], progress: Progress
+    ) -> list[Trained]:
+        """A network for each seed, trained from given params, all in one program.
 
-        All networks that start from another see the same batches.
+        All networks that start from another see the same batches of a seed.
         """
         network, settings = self.networks[name], self.settings
-        params = jax.tree.map(jnp.copy, params)  # a step reuses the memory of what it gets
-        state = jax.jit(network.optimizer.init)(params)
-        for count in range(network.before, network.before + network.steps):
-            batch = batch_at(self.text.train, settings.context, settings.batch, seed, count)
-            params, state, bits = self._step[name](params, state, batch)
-            progress.advance(1)
+        stacked = jax.tree.map(lambda *each: jnp.stack(each), *params)
+        state = jax.jit(jax.vmap(network.optimizer.init))(stacked)
+        curves: list[dict[int, float]] = [{} for _ in seeds]
+        for count in range(network.before, last := network.before + network.steps):
+            batch = np.stack(
+                [
+                    batch_at(self.text.train, settings.context, settings.batch, seed, count)
+                    for seed in seeds
+                ]
+            )
+            stacked, state, bits = self._step[name](stacked, state, batch)
+            progress.advance(len(seeds))
             if progress.due():
-                progress.figures(f"seed {seed} {name}", bits=float(bits))
-        return params, state
+                progress.figures(name, bits=float(np.mean(bits)))
+            if (last - count - 1) % max(network.steps // CURVE, 1) == 0:
+                for i, curve in enumerate(curves):
+                    now = self._deployed(network, stacked, state, i)
+                    curve[count + 1] = self.bits_per_character(now, self.text.held_out)
+        return [
+            Trained(
+                self._deployed(network, stacked, state, i),
+                jax.tree.map(lambda x, i=i: x[i], state),
+                curve,
+            )
+            for i, curve in enumerate(curves)
+        ]
+
+    def _deployed(self, network: Network, stacked: Any, state: Any, i: int) -> Any:
+        """The params of one seed, on their sets if they have any."""
+        if network.word is not None:
+            stacked = self.quantized(state, stacked)
+        return jax.tree.map(lambda x: x[i], stacked)
 
     def bits_per_character(self, params: Any, codes: Codes) -> float:
         """Mean of −log₂ p of each character but the first."""

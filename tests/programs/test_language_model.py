@@ -1,13 +1,10 @@
 """The language model example: model, networks, what a run keeps, and what it refuses."""
 
 import copy
-import dataclasses
 import math
 import shutil
-from pathlib import Path
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +12,12 @@ import pytest
 
 import brelax_jax as brx
 from examples.language_model import __main__ as language_model
-from examples.language_model import networks as language_networks
 from examples.language_model import text
-from examples.language_model.config import SETS, Settings
+from examples.language_model.config import Settings
+from examples.language_model.networks import rules
 from examples.language_model.report import row, spread
 from examples.language_model.seeds import Seed, measured
-from examples.language_model.trainer import Trainer
+from examples.language_model.trainer import Trained, Trainer
 from examples.runs import studies
 from examples.runs.progress import Progress
 from examples.runs.studies import Study
@@ -36,9 +33,12 @@ TINY = Settings(
     steps=20,
     further_steps=20,
     warmup=2,
-    set="ternary",
+    sets=("ternary",),
 )
-OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
+OPTIONS = [
+    f"--{name.replace('_', '-')}={value[0] if name == 'sets' else value}"
+    for name, value in vars(TINY).items()
+]
 LAYERS = {"query": (8, 8), "key": (8, 8), "value": (8, 8), "out": (8, 8)}
 LAYERS |= {"gate": (8, 24), "up": (8, 24), "down": (24, 8)}
 KERNELS = {f"block_0/{name}/kernel" for name in LAYERS}
@@ -56,12 +56,14 @@ def trainer(made, quickly_compiled):
 
 @pytest.fixture(scope="module")
 def start(trainer):
-    return trainer.train("float", trainer.init(0), 0, Progress(0, quiet=True))[0]
+    [trained] = trainer.train("float", [trainer.init(0)], [0], Progress(0, quiet=True))
+    return trained.params
 
 
 @pytest.fixture(scope="module")
 def relaxed(trainer, start):
-    return trainer.train("BinaryRelax", start, 0, Progress(0, quiet=True))
+    [trained] = trainer.train("BinaryRelax, ternary", [start], [0], Progress(0, quiet=True))
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def program(made, trainer):
     that takes long to compile.
     """
 
-    def run(*arguments, without=("BinaryConnect",)):
+    def run(*arguments, without=("BinaryConnect, ternary",)):
         def shared(settings, text):
             if settings != TINY:
                 return Trainer(settings, text)
@@ -95,13 +97,13 @@ def whole_run(program, tmp_path_factory):
 
 def lines(out, seed):
     """The lines of a seed by their networks."""
-    found = Study(out / "ternary.jsonl").read()
+    found = Study(out / "networks.jsonl").read()
     return {line["network"]: line for line in found if line["seed"] == seed}
 
 
 def drop(out, name):
     """Takes the line of a network out of the study."""
-    path = out / "ternary.jsonl"
+    path = out / "networks.jsonl"
     kept = [text for text in path.read_text().splitlines(True) if f'"name": "{name}"' not in text]
     path.write_text("".join(kept))
 
@@ -116,16 +118,8 @@ def leaves(params):
 # Model.
 
 
-@pytest.fixture(scope="module", params=["llama", "alibi"])
-def untrained(request, made, trainer):
-    """A network of each architecture, and its params."""
-    same = TINY.architecture == request.param
-    other = trainer if same else Trainer(dataclasses.replace(TINY, architecture="alibi"), made)
-    return other, other.init(0)
-
-
-def test_a_later_character_changes_no_earlier_prediction(untrained):
-    trainer, start = untrained
+def test_a_later_character_changes_no_earlier_prediction(trainer):
+    start = trainer.init(0)
     codes = trainer.text.test[:16].reshape(2, 8)
     before = trainer.logits(start, codes)
     for place in range(1, 8):
@@ -137,9 +131,9 @@ def test_a_later_character_changes_no_earlier_prediction(untrained):
         assert np.all(np.abs(after[0, place:] - before[0, place:]).max(axis=-1) > 1e-4)
 
 
-def test_places_are_told_apart(untrained):
+def test_places_are_told_apart(trainer):
     """Without them attention would not see in which order the characters before came."""
-    trainer, start = untrained
+    start = trainer.init(0)
     codes = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [1, 0, 2, 3, 4, 5, 6, 7]])
     logits = trainer.logits(start, codes)
     assert np.abs(logits[0, 2:] - logits[1, 2:]).max() > 1e-4
@@ -171,15 +165,15 @@ def test_training_learns(trainer, start, relaxed):
     untrained = trainer.bits_per_character(trainer.init(0), trainer.text.validation)
     first = trainer.bits_per_character(start, trainer.text.validation)
     assert first < untrained
-    assert trainer.bits_per_character(relaxed[0], trainer.text.validation) < first
+    assert trainer.bits_per_character(relaxed.params, trainer.text.validation) < first
 
 
 # Ternary networks.
 
 
 def test_kernels_end_exactly_ternary_in_each_output_channel(trainer, relaxed):
-    params, state = relaxed
-    quantized = trainer.quantized(state, params)
+    params = relaxed.params
+    quantized = brx.quantized_params(relaxed.state, params)
     jax.tree.map(np.testing.assert_array_equal, params, quantized)
     distinct = {
         path: max(len(np.unique(channel)) for channel in leaf.T)
@@ -192,12 +186,11 @@ def test_kernels_end_exactly_ternary_in_each_output_channel(trainer, relaxed):
         assert len(np.unique(scales)) > 1, "one scale for each channel"
 
 
-def test_the_abrupt_network_is_the_projection_of_the_float_one(trainer, whole_run):
+def test_the_rounded_network_is_the_projection_of_the_float_one(whole_run):
     def params(name):
-        content = (whole_run / f"ternary-{name}-seed1.msgpack").read_bytes()
-        return leaves(flax.serialization.from_bytes(trainer.init(0), content))
+        return leaves(brx.load(whole_run / f"{name}-seed1.safetensors"))
 
-    start, abrupt = params("float"), params("abrupt-ternary")
+    start, abrupt = params("float"), params("rounded-ternary")
     for path, leaf in start.items():
         if path not in KERNELS:
             np.testing.assert_array_equal(abrupt[path], leaf)
@@ -252,25 +245,27 @@ def test_samples_follow_the_probabilities(trainer, start):
 def test_a_run_keeps_what_the_table_shows(whole_run, program, tmp_path, capsys):
     results = [lines(whole_run, seed) for seed in (0, 1)]
     for line in results[0].values():
-        assert line["settings"] == vars(TINY)
+        assert line["settings"] == {k: v for k, v in vars(TINY).items() if k != "sets"}
         assert line["versions"]["jax"] == jax.__version__
         assert line["revision"] == (1 if line["result"]["values"] else None)
     networks = {name: line["result"] for name, line in results[0].items()}
     steps = {name: result["steps"] for name, result in networks.items()}
     assert steps == {
-        **{"float": 20, "abrupt ternary": 20, "float, further": 40, "BinaryRelax": 40},
+        **{"float": 20, "rounded, ternary": 20, "float, further": 40, "BinaryRelax, ternary": 40},
     }
-    ternary = {"abrupt ternary", "BinaryRelax"}
+    ternary = {"rounded, ternary", "BinaryRelax, ternary"}
     assert {name for name, result in networks.items() if result["values"] == 3} == ternary
     weights = sum(inputs * outputs for inputs, outputs in LAYERS.values())
     scales = sum(outputs for _, outputs in LAYERS.values())
     bits = math.log2(3) + 32 * scales / weights
     others = 2 * 12 * 8 + 3 * 8
+    assert [*networks["float"]["curve"]] == [str(step) for step in range(1, 21)]
+    assert networks["float"]["curve"]["20"] == networks["float"]["held_out"]
     for name, result in networks.items():
         expected = bits if name in ternary else 32
         assert result["bits_per_weight"] == pytest.approx(expected)
         assert result["bytes"] == pytest.approx((expected * weights + 32 * others) / 8)
-    shutil.copy(whole_run / "ternary.jsonl", tmp_path)  # the table and the samples need no params
+    shutil.copy(whole_run / "networks.jsonl", tmp_path)  # the table and the samples need no params
     assert program("--seeds", "0", "1", "--out", str(tmp_path), "--resume") == 0
     shown = capsys.readouterr().out
     for name, result in networks.items():
@@ -291,17 +286,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(whole_run, program, tmp_p
 
     monkeypatch.setattr(Seed, "save", keep_two)
     with pytest.raises(KeyboardInterrupt):
-        program("--seeds", "1", "--out", str(tmp_path))
+        program("--seeds", "0", "1", "--out", str(tmp_path))
     monkeypatch.undo()
-    assert kept == ["float", "abrupt ternary"]
-    assert program("--seeds", "1", "--out", str(tmp_path)) == 2
-    assert program("--seeds", "1", "--out", str(tmp_path), "--resume") == 0
-    assert lines(tmp_path, 1) == lines(whole_run, 1)
-    params = [*tmp_path.glob("*-seed1.msgpack")]
+    assert kept == ["float", "float"]  # of both seeds
+    assert program("--seeds", "0", "1", "--out", str(tmp_path)) == 2
+    assert program("--seeds", "0", "1", "--out", str(tmp_path), "--resume") == 0
+    params = [*tmp_path.glob("*.safetensors")]
     for path in params:
         assert path.read_bytes() == (whole_run / path.name).read_bytes(), path.name
-    assert len(params) == 4
-    assert len([*tmp_path.iterdir()]) == 5
+    assert len(params) == 8
+    assert len([*tmp_path.iterdir()]) == 9
+    for seed in (0, 1):
+        assert lines(tmp_path, seed) == lines(whole_run, seed)
 
 
 def test_networks_of_another_revision_are_trained_again(whole_run, program, tmp_path, monkeypatch):
@@ -312,23 +308,23 @@ def test_networks_of_another_revision_are_trained_again(whole_run, program, tmp_
     monkeypatch.setattr(Seed, "save", lambda self, name, *rest: kept.append(name) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         program("--out", str(tmp_path), "--resume")
-    assert kept == ["abrupt ternary"]
+    assert kept == ["rounded, ternary"]
 
 
 @pytest.mark.soak
 def test_binary_connect_beside_the_others(whole_run, program, tmp_path):
     assert program("--out", str(tmp_path), without=()) == 0
     results = lines(tmp_path, 0)
-    connect = results.pop("BinaryConnect")["result"]
+    connect = results.pop("BinaryConnect, ternary")["result"]
     assert results == lines(whole_run, 0)
     assert (connect["steps"], connect["values"]) == (40, 3)
-    assert connect["validation"] != results["BinaryRelax"]["result"]["validation"]
+    assert connect["validation"] != results["BinaryRelax, ternary"]["result"]["validation"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "ternary.jsonl has seed 0: go on with --resume, or give another --out"),
+        ([], "networks.jsonl has seed 0: go on with --resume, or give another --out"),
         (["--resume", "--lr=0.5"], "of another configuration:\n  lr: 0.004 there, 0.5 here"),
     ],
 )
@@ -337,34 +333,27 @@ def test_runs_that_are_in_the_way_are_refused(arguments, message, whole_run, pro
     assert message in capsys.readouterr().err
 
 
-def test_lines_from_before_there_were_two_architectures():
-    results, published = Path(studies.__file__).parents[2] / "results/language_model", Settings()
-    older = dataclasses.replace(published, architecture="alibi")
-    assert len(Seed(str(results), 0, older, resume=True).results) == 5
-    with pytest.raises(ValueError, match="architecture: 'alibi' there, 'llama' here"):
-        Seed(str(results), 0, published, resume=True)
-
-
-@pytest.mark.parametrize("name", ["ternary.jsonl", "ternary-float-seed0.msgpack"])
+@pytest.mark.parametrize("name", ["networks.jsonl", "float-seed0.safetensors"])
 def test_what_is_damaged_is_named(name, whole_run, program, tmp_path, capsys):
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
-    drop(tmp_path, "BinaryRelax-seed0")
+    drop(tmp_path, "BinaryRelax-ternary-seed0")
     damaged = tmp_path / name
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert program("--out", str(tmp_path), "--resume") == 2
     message = capsys.readouterr().err
     if damaged.suffix == ".jsonl":
-        assert f"{damaged}, line 7 (float-seed1), cannot be read" in message
+        assert f"{damaged}, line 7 (rounded-ternary-seed1), cannot be read" in message
         assert "remove the line to repeat the run" in message
     else:
         assert f"{damaged} cannot be read" in message
-        assert f"remove the lines of seed 0 from {tmp_path / 'ternary.jsonl'}" in message
+        assert f"remove the lines of seed 0 from {tmp_path / 'networks.jsonl'}" in message
         assert "start this seed again" in message
 
 
 def test_a_network_that_diverged_is_shown_as_that(trainer, start, whole_run):
-    broken = measured(trainer, "float", jax.tree.map(lambda p: p * jnp.nan, start), seed=0)
-    assert (broken["validation"], broken["test"]) == (None, None)
+    nothing = Trained(jax.tree.map(lambda p: p * jnp.nan, start), None, {20: math.nan})
+    broken = measured(trainer, "float", nothing, seed=0)
+    assert (broken["validation"], broken["test"], broken["curve"]) == (None, None, {"20": None})
     fine = lines(whole_run, 0)["float"]["result"]
     line = row("float", [{"float": fine}, {"float": broken}])
     assert line["validation"] == "diverged"
@@ -387,8 +376,8 @@ def test_spread_over_seeds():
         ("--context=1", "--context must be at least 2, got 1"),
         ("--weight-decay=nan", "--weight-decay must be at least 0, got nan"),
         ("--lr=-1", "--lr must be positive, got -1"),
-        ("--heads=3", "--heads 3 must divide --width 8"),
-        ("--heads=8", "--heads 8 must divide half of --width 8: llama turns pairs"),
+        ("--heads=3", "--heads 3 must divide half of --width 8: pairs are turned"),
+        ("--sets=terry", "Unknown set 'terry'"),
         ("--hard-share=1.5", "--hard-share must be from 0 to 1, got 1.5"),
         ("--warmup=20", "--warmup must be less than the steps of each network, got 20"),
         ("--seeds=-1", "--seeds must be different numbers from 0 on"),
@@ -415,12 +404,14 @@ def test_help_names_every_setting(capsys):
         assert option.split("=")[0] in shown
 
 
-@pytest.mark.parametrize(("name", "kind"), SETS.items())
-def test_kernels_get_the_set_and_the_head_and_embeddings_stay_float(name, kind):
-    rules = language_networks.ternary(dataclasses.replace(TINY, set=name))
+def test_kernels_get_the_set_and_the_head_and_embeddings_stay_float():
     params = {
-        "head": {"kernel": jnp.ones((8, 12))},
-        "characters": {"embedding": jnp.ones((12, 8))},
-        "block_0": {"up": {"kernel": jnp.ones((8, 32))}},
+        "head": {"kernel": jnp.ones((64, 12))},
+        "characters": {"embedding": jnp.ones((12, 64))},
+        "block_0": {"up": {"kernel": jnp.ones((64, 32))}},
     }
-    assert rules.assign(params) == {"block_0/up/kernel": kind(granularity=brx.PerChannel())}
+    for word, qset in {
+        "ternary@mean:1.4": brx.Ternary(granularity=brx.PerChannel(), rule=brx.MeanMagnitude(1.4)),
+        "q4_0": brx.formats.q4_0(),
+    }.items():
+        assert rules(word).assign(params) == {"block_0/up/kernel": qset}

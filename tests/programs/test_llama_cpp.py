@@ -1,12 +1,14 @@
 """The language model as GGUF files: what they hold, and what llama.cpp makes of them."""
 
-import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import brelax_jax as brx
+from brelax_jax.export._gguf import FORMATS
 from examples.language_model import __main__ as language_model
 from examples.language_model import gguf_file, llama_cpp, text
 from examples.language_model.config import Settings
@@ -15,7 +17,7 @@ from tests.helpers.made_text import made_text
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-SETTINGS = Settings(width=256, layers=2, heads=4, context=32)
+SETTINGS = Settings(width=256, layers=2, heads=4, context=32, sets=("tq2_0", "q4_0@max"))
 NATIVE = ("tq1_0", "tq2_0", "q2_0", "q4_0")
 
 
@@ -27,27 +29,31 @@ def trainer():
 
 @pytest.fixture(scope="module")
 def network(trainer):
-    """A network that was not trained, with ternary kernels."""
+    """A network that was not trained, with packed ternary kernels."""
     rng = np.random.default_rng(0)
 
     def ternary(shape):
         scale = rng.uniform(0.5, 1.5, (1, shape[1])) / np.sqrt(shape[0])
-        return (rng.integers(-1, 2, shape) * scale).astype("f4")
+        codes, scale = rng.integers(-1, 2, shape).astype("i1"), scale.astype("f2").astype("f4")
+        return brx.pack(brx.Quantized(codes, scale, (0.0, 1.0), jnp.float32))
 
     shapes = jax.eval_shape(trainer.init, jax.ShapeDtypeStruct((), "uint32"))
     params = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f4"), shapes)
     params["characters"]["embedding"] = rng.normal(size=(12, 256)).astype("f4")
     params["head"]["kernel"] = rng.normal(size=(256, 12)).astype("f4") / 10
-    params = gguf_file.map_kernels(lambda kernel: ternary(kernel.shape), params)
-    return gguf_file.deployed(params)
+    for i in range(2):
+        for layer in gguf_file.LAYERS:
+            kernel = params[f"block_{i}"][layer]["kernel"]
+            params[f"block_{i}"][layer]["kernel"] = ternary(kernel.shape)
+    return params
 
 
 def test_files_hold_the_network(trainer, network, tmp_path):
     gguf = pytest.importorskip("gguf")
-    params = gguf_file.multiplied_out(network)
+    params = brx.dequantize(network)
     for kind in ("f32", "tq2_0"):
-        path = gguf_file.write(tmp_path / "lm.gguf", network, SETTINGS, trainer.text, kind)
-        assert path == tmp_path / f"lm-{kind}.gguf"
+        path = gguf_file.write(tmp_path / "lm.gguf", network, SETTINGS, trainer.text, "x", kind)
+        assert path == tmp_path / f"lm-x{'-f32' if kind == 'f32' else ''}.gguf"
         reader = gguf.GGUFReader(path)
         read = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
         for i in range(2):
@@ -71,19 +77,16 @@ def test_files_hold_the_network(trainer, network, tmp_path):
         assert fields["tokenizer.ggml.tokens"] == [*"ĊĠabcdefgiou", "<eos>"]
 
 
-def test_scales_become_those_that_formats_hold(network):
-    for layer in gguf_file.LAYERS:
-        scale = np.asarray(network["block_0"][layer]["kernel"].scale)
-        np.testing.assert_array_equal(scale.astype(np.float16).astype(np.float32), scale)
-    assert gguf_file.formats(SETTINGS) == ("f32", "tq2_0", "q4_0")
-    assert gguf_file.formats(dataclasses.replace(SETTINGS, width=128)) == ("f32", "q2_0", "q4_0")
+def test_the_sets_that_are_formats():
+    assert gguf_file.formats(SETTINGS) == {"tq2_0": "tq2_0", "q4_0@max": "q4_0"}
+    assert {name: kind.block for name, kind in FORMATS.items()} == gguf_file.BLOCKS
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--architecture", "alibi"], "--export-gguf needs --architecture llama, got alibi"),
-        (["--width", "96"], "--export-gguf needs a --width in blocks of 64, got 96"),
+        (["--sets", "ternary"], "--export-gguf needs a format of GGUF in --sets, got ('ternary',)"),
+        (["--width", "96"], "--export-gguf of q2_0 needs a --width in blocks of 64, got 96"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_training(arguments, message, capsys):
@@ -101,7 +104,7 @@ def running(trainer, network, tmp_path_factory):
     out = tmp_path_factory.mktemp("files")
 
     def run(kind):
-        path = gguf_file.write(out / "lm.gguf", network, SETTINGS, trainer.text, kind)
+        path = gguf_file.write(out / "lm.gguf", network, SETTINGS, trainer.text, kind, kind)
         return llama_cpp.LlamaCpp(path, characters=12, context=SETTINGS.context)
 
     return run
@@ -110,7 +113,7 @@ def running(trainer, network, tmp_path_factory):
 def test_llama_cpp_predicts_the_same(running, trainer, network):
     """From floats up to rounding; from native formats up to activations that it rounds to int8."""
     codes = trainer.text.validation[: SETTINGS.context]
-    params = gguf_file.multiplied_out(network)
+    params = brx.dequantize(network)
     ours = np.asarray(jax.nn.log_softmax(trainer.logits(params, codes[None])[0]))
     assert ours.std() > 1
 
@@ -126,7 +129,7 @@ def test_llama_cpp_predicts_the_same(running, trainer, network):
 
 
 def test_llama_cpp_writes_the_same(running, trainer, network):
-    params, codes = gguf_file.multiplied_out(network), trainer.text.validation[:8]
+    params, codes = brx.dequantize(network), trainer.text.validation[:8]
     written = codes
     while len(written) < SETTINGS.context:
         padded = np.pad(written, (0, SETTINGS.context - len(written)))
@@ -137,12 +140,13 @@ def test_llama_cpp_writes_the_same(running, trainer, network):
 
 def test_bits_per_character_are_reported(running, trainer, network, tmp_path, monkeypatch):
     monkeypatch.setattr(llama_cpp, "COMPARED", 40)
-    params = gguf_file.multiplied_out(network)
-    report = llama_cpp.exported(trainer, params, tmp_path / "lm.gguf")
-    bits = trainer.bits_per_character(params, trainer.text.validation[:41])
-    assert f"in JAX it has {bits:.4f} bits per character on the first 41" in report
-    lines = {line.split()[0]: float(line.split()[-1]) for line in report.splitlines()[-3:]}
-    assert [*lines] == [str(tmp_path / f"lm-{kind}.gguf") for kind in ("f32", "tq2_0", "q4_0")]
-    floats, *native = lines.values()
-    assert abs(floats - bits) < 2e-4
-    assert all(abs(each - bits) < 0.02 for each in native)
+    kept = types.SimpleNamespace(network=lambda name, packed: network)
+    report = llama_cpp.exported(trainer, kept, tmp_path / "lm.gguf")
+    bits = trainer.bits_per_character(brx.dequantize(network), trainer.text.validation[:41])
+    assert "on the first 41 characters" in report
+    lines = {line.split()[0]: line.split()[2:] for line in report.splitlines()[-4:]}
+    words = ("tq2_0-f32", "tq2_0", "q4_0@max-f32", "q4_0@max")
+    assert [*lines] == [str(tmp_path / f"lm-{word}.gguf") for word in words]
+    for word, (ours, theirs) in zip(words, lines.values(), strict=True):
+        assert ours == f"{bits:.4f}"
+        assert abs(float(theirs) - bits) < (2e-4 if "f32" in word else 0.02)
