@@ -186,7 +186,7 @@ def continuation(steps: int, shape: str = "linear", hard_share: float = 0.25) ->
       steps: updates in the whole run, at least 1.
       shape: how λ grows. "linear", "cosine" and "sigmoid" take the strength from 0 to 1.
         "geometric" is the authors' growth from 1.04 to 1.04^150, fitted to phase I. Linear is
-        better from scratch, geometric from trained float weights (docs/accuracy.md).
+        better from scratch, geometric from trained float weights (docs/accuracy_tables.md).
       hard_share: the share of the run that is phase II, from 0 to 1. The authors used 0.25.
 
     Returns:

@@ -55,7 +55,7 @@ def main(epochs: int = 30) -> float:
     model = Network(nnx.Rngs(0))
     base = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     lam = brx.linear_continuation(hard_from)
-    relaxed = brx.binary_relax(base, brx.Ternary(), lam, hard_from)  # the line that is new
+    relaxed = brx.binary_relax(base, brx.TernaryThreshold(), lam, hard_from)  # the line that is new
     optimizer = nnx.Optimizer(model, relaxed, wrt=nnx.Param)  # was: nnx.Optimizer(model, base, …)
 
     rng = np.random.default_rng(0)

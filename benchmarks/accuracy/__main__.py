@@ -12,6 +12,7 @@ import functools
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.accuracy.budget import budget, done
 from benchmarks.accuracy.grid import Grid
@@ -71,6 +72,10 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
             print(budget(runs, results))
         elif options.study:
             print(study(results, base, options.docs))
+        elif options.report and len(options.learning_rates) > 1:
+            raise ValueError(
+                f"A report is of one learning rate, got {options.learning_rates}: give one."
+            )
         elif options.report:
             print(report(runs, results, options.docs, tag(options)))
         else:
@@ -86,8 +91,12 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
 
 def tag(options: argparse.Namespace) -> str:
     """What the report is of, for its place on the page and its pictures' names."""
-    words = [] if options.granularity == "tensor" else [options.granularity]
-    words = [f"{options.epochs}ep", *words, *options.override]
+    directory = Path(options.results).name
+    words = [] if directory == "accuracy" else [directory]
+    words.append(f"{options.epochs}ep")
+    if options.granularity != "tensor":
+        words.append(options.granularity)
+    words += [f"lr{rate:g}" for rate in options.learning_rates] + options.override
     return re.sub(r"[^\w.]+", "-", "-".join(words))
 
 

@@ -24,17 +24,17 @@ def plot_bits(rows: Rows, titles: Titles, path: Path) -> None:
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         methods = quantized_methods(rows)
         for number, (color, method) in enumerate(zip(PALETTE, methods, strict=False)):
-            points = sorted(
+            points = [
                 (float(np.mean(column(row, "bits_per_weight"))), column(row, "test_deployed"))
                 for (_, name), row in rows.items()
                 if name == method
-            )
+            ]
             shift = 0.015 * (number - (len(methods) - 1) / 2)  # so that they do not hide each other
             axes.errorbar(
                 [bits + shift for bits, _ in points],
                 [100 * np.mean(values) for _, values in points],
                 [float(100 * np.std(v, ddof=1)) if len(v) > 1 else 0.0 for _, v in points],
-                fmt="o-", ms=4, lw=1.4, capsize=2, color=color, label=titles.get(method, method),
+                fmt="o", ms=4, capsize=2, color=color, label=titles.get(method, method),
             )  # fmt: skip
         float_lines(axes, rows, titles, "test_deployed")
         axes.set(xlabel="bits a quantized weight", ylabel="test accuracy (%)")

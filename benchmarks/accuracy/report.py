@@ -24,11 +24,12 @@ TITLES = {
     "binary_relax": "BinaryRelax", "parq": "PARQ", "proxquant": "ProxQuant",
 }  # fmt: skip
 NONE = "–"
+PAGE = "accuracy_tables.md"
 Row = dict[int, dict[str, Any]]  # lines by seed
 
 
 def report(runs: Sequence[Run], results: Results, docs: str, tag: str) -> str:
-    """Writes the table into docs/accuracy.md and draws the plots; returns the table.
+    """Writes the table into docs/accuracy_tables.md and draws the plots; returns the table.
 
     Raises:
       ValueError: if a line is of other settings, or if there is none.
@@ -56,7 +57,7 @@ def report(runs: Sequence[Run], results: Results, docs: str, tag: str) -> str:
             name = f"accuracy-{tag}-{plot.__name__.removeprefix('plot_')}.png"
             plot(rows, TITLES, Path(docs) / name)
             text += f"\n\n![{title}]({name})"
-    insert(Path(docs) / "accuracy.md", tag, text)
+    insert(Path(docs) / PAGE, tag, text)
     return text
 
 
@@ -171,14 +172,14 @@ def origin(records: Sequence[dict[str, Any]]) -> str:
     devices = sorted({record["device"] for record in records})
     hours = sum(record["seconds"] for record in records) / 3600
     return (
-        f"{len(records)} runs, {hours:.1f} hours of training on {', '.join(devices)}; "
+        f"{len(records)} runs, {hours:.2g} hours of training on {', '.join(devices)}; "
         f"{', '.join(versions)}."
     )
 
 
 def study(results: Results, base: Config, docs: str) -> str:
     """Writes the table of all runs in the results by validation accuracy after the last epoch into
-    docs/accuracy.md; returns it.
+    docs/accuracy_tables.md; returns it.
 
     Raises:
       ValueError: if a line has been altered, or is of another base.
@@ -212,7 +213,7 @@ def study(results: Results, base: Config, docs: str) -> str:
     if left_out := other_revisions(every):
         text += f"\n\n{left_out}"
     Path(docs).mkdir(parents=True, exist_ok=True)
-    insert(Path(docs) / "accuracy.md", "study", text)
+    insert(Path(docs) / PAGE, "study", text)
     return text
 
 

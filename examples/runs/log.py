@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+import brelax_jax
+
 PACKAGES = ("brelax_jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
 
@@ -73,6 +75,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _version(package: str) -> str:
+    if package == brelax_jax.__name__:  # also where it is on the path and not installed
+        return brelax_jax.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

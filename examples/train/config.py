@@ -169,7 +169,7 @@ class Config:
     @property
     def lam_shape(self) -> str:
         """How λ grows: from scratch networks end better if it begins at 0, from float weights if it
-        begins higher (docs/accuracy.md).
+        begins higher (docs/accuracy_tables.md).
         """
         changed = any(
             getattr(self, name) != getattr(Config, name)

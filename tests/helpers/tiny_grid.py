@@ -12,7 +12,8 @@ TINY_BASE = Config(
     dataset="digits", model=TINY, train_examples=96, batch=32, epochs=1, method="float",
     augment=False, statistics_batches=2, metrics_every=0, lam_schedule="geometric",
 )  # fmt: skip
-RUNS, RESULTS, PAGE = Path("runs/accuracy"), Path("results/accuracy"), Path("docs/accuracy.md")
+RUNS, RESULTS = Path("runs/accuracy"), Path("results/accuracy")
+PAGE = Path("docs/accuracy_tables.md")
 START, CONNECT, PARQ = "float-seed0", "binary-binary_connect-2ep-seed0", "binary-parq-2ep-seed0"
 OPTIONS = ["--quiet", "--epochs=2", "--seeds", "0", "--sets", "binary"]
 OPTIONS += ["--methods", "binary_connect", "parq"]
