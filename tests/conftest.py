@@ -52,6 +52,7 @@ def compiled_programs(tmp_path_factory):
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     gc.freeze()  # what was imported stays: a collection need not go through it
+    gc.set_threshold(100_000, 20, 20)  # to trace a program makes many objects that stay
     with configured(**settings):
         yield {name.upper(): str(value) for name, value in settings.items()}
 
