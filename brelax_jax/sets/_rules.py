@@ -114,9 +114,9 @@ class MeanMagnitude(ScaleRule):
     nearest ones of the set.
 
     >>> import brelax_jax as brx, jax.numpy as jnp
-    >>> w = jnp.array([0.1, -1.0, 3.0, 1.9])  # the mean is 1.5
+    >>> w = jnp.array([0.5, -1.0, 3.0, 1.5])  # the mean is 1.5
     >>> brx.Ternary(rule=brx.MeanMagnitude(1.4)).quantize(w).scale
-    Array([2.45], dtype=float32)
+    Array([2.25], dtype=float32)
     >>> brx.Ternary(rule=brx.MeanMagnitude(1.0, refit=False)).quantize(w).scale
     Array([1.5], dtype=float32)
 

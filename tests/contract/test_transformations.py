@@ -7,6 +7,7 @@ suite each transformation has some of the sets, and in `make soak` the others.
 import collections
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -61,14 +62,17 @@ IN_16_BITS = ("bfloat16", "float16")
 
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 every_set = pytest.mark.parametrize("qset", SETS)
-every_pair = pytest.mark.parametrize(
-    ("name", "qset"),
-    [
-        pytest.param(name, qset, marks=[] if qset in sets else pytest.mark.soak)
-        for name, sets in IN_SUITE.items()
-        for qset in SETS
-    ],
-)
+
+
+def every_pair(suite=tuple(TRANSFORMATIONS)):
+    """The suite has these transformations, each with its sets."""
+    pairs = itertools.product(TRANSFORMATIONS, SETS)
+    in_suite = [(name, qset) for name in suite for qset in IN_SUITE[name]]
+    marks = {pair: [] if pair in in_suite else pytest.mark.soak for pair in pairs}
+    cases = [pytest.param(*pair, marks=mark) for pair, mark in marks.items()]
+    return pytest.mark.parametrize(("name", "qset"), cases)
+
+
 part = pytest.mark.parametrize("in_suite", covering.some([True, False], [True]))
 
 
@@ -137,8 +141,12 @@ def run(kind, in_suite):
     return stepped(start, grads, in_suite)
 
 
+# Of `vmapped_scan`; the other wrappers, which share the first one's update, in `make soak`.
+IN_SCAN = ("binary_relax", "relax_params")
+
+
 @functools.cache
-def vmapped_scan(in_suite):
+def vmapped_scan(names, in_suite):
     def train(params, state, grads):
         def body(carry, grads):
             params, state, quantized = step(grads, *carry)
@@ -147,13 +155,14 @@ def vmapped_scan(in_suite):
         return jax.lax.scan(body, (state, params), grads)[1]
 
     params = [for_each(noise(seed, *SHAPE), in_suite) for seed in (0, 2)]
+    params = [{name: p[name] for name in names} for p in params]
     grads = [noise(seed, STEPS, *SHAPE) for seed in (1, 3)]
     states = [init(p) for p in params]
     seeds = (
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, states, grads)
     )
     params, quantized = jax.tree.map(np.array, jax.jit(jax.vmap(train))(*seeds))
-    return {name: (params[name], quantized[name]) for name in OPTIMIZERS}
+    return {name: (params[name], quantized[name]) for name in names}
 
 
 def few_values(trace, qset):
@@ -162,7 +171,7 @@ def few_values(trace, qset):
     return all(len(np.unique(column)) <= len(SETS[qset].levels) for column in columns)
 
 
-@every_pair
+@every_pair()
 def test_jit_with_donation(name, qset):
     params, quantized = (tree[qset] for tree in run("normal", qset in IN_SUITE[name])[name])
     assert np.isfinite(params).all()
@@ -172,10 +181,11 @@ def test_jit_with_donation(name, qset):
     assert (moved > 0).all()
 
 
-@every_pair
+@every_pair(IN_SCAN)
 def test_scan_and_vmap_over_seeds(name, qset):
     in_suite = qset in IN_SUITE[name]
-    params, quantized = (tree[qset] for tree in vmapped_scan(in_suite)[name])
+    names = tuple(other for other in IN_SUITE if (other in IN_SCAN) == (name in IN_SCAN))
+    params, quantized = (tree[qset] for tree in vmapped_scan(names, in_suite)[name])
     wanted = run("normal", in_suite)[name][0][qset]
     np.testing.assert_allclose(params[0], wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(params[:, EXACT], quantized[:, EXACT])

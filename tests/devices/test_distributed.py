@@ -1,5 +1,6 @@
 """Two processes train a network to the params of one."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -22,7 +23,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def in_two_processes(steps, across, directory):
+def in_two_processes(steps, across, sets, directory):
     """What each process has before the first step and after each: (params, state)."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -36,7 +37,7 @@ def in_two_processes(steps, across, directory):
     processes = []
     try:
         for process, (out, log) in enumerate(zip(outs, logs, strict=True)):
-            arguments = [str(process), str(steps), across, str(out)]
+            arguments = [str(process), str(steps), across, " ".join(sets), str(out)]
             with log.open("w") as output:
                 processes.append(
                     subprocess.Popen(
@@ -47,7 +48,7 @@ def in_two_processes(steps, across, directory):
                         stderr=subprocess.STDOUT,
                     )
                 )
-        structure = jax.tree.structure(meshes.on_one_device()[0])  # while the two are at it
+        structure = jax.tree.structure(on_one_device(tuple(sets))[0])  # while the two are at it
         codes = [process.wait(TIMEOUT) for process in processes]
         assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
     finally:
@@ -62,20 +63,29 @@ def in_two_processes(steps, across, directory):
         yield [jax.tree.unflatten(structure, leaves[start : start + size]) for start in starts]
 
 
+@functools.cache
+def on_one_device(names):
+    return meshes.alone(meshes.relaxation({name: meshes.SETS[name] for name in names}))
+
+
 @pytest.mark.parametrize(
-    ("across", "steps"),
+    ("across", "steps", "sets"),
     [
-        ("model", meshes.STEPS),
-        pytest.param("data", meshes.STEPS, marks=pytest.mark.soak),
-        pytest.param("model", 60, marks=pytest.mark.soak),
+        ("model", meshes.STEPS, meshes.WITHOUT_OWN),
+        *(
+            pytest.param(across, steps, meshes.SETS, marks=pytest.mark.soak)
+            for across, steps in [("model", meshes.STEPS), ("data", meshes.STEPS), ("model", 60)]
+        ),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),
 )
-def test_two_processes_train_to_the_params_of_one(across, steps, tmp_path):
-    first, second = in_two_processes(steps, across, tmp_path)
+def test_two_processes_train_to_the_params_of_one(across, steps, sets, tmp_path):
+    first, second = in_two_processes(steps, across, sets, tmp_path)
     assert len(first) == steps + 1
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    for t, (_, wanted) in enumerate(meshes.on_one_device()):
-        meshes.assert_same(first[t][1], wanted, rtol=1e-6 * 10 ** (t / 3))  # rounding adds up
+    for t, (_, wanted) in enumerate(on_one_device(tuple(sets))):
+        # Rounding adds up.
+        meshes.assert_same(first[t][1], wanted, sets, rtol=1e-6 * 10 ** (t / 3))
     params, state = first[-1]
     quantized = jax.jit(brx.quantized_params)(state, params)
     jax.tree.map(np.testing.assert_array_equal, params, quantized)

@@ -47,6 +47,7 @@ SETS = {
     "head": brx.TernaryThreshold(granularity=brx.PerBlock(2, axis=0)),
 }
 SIMPLE = {name: SETS[name] for name in ("whole", "row", "head")}  # without a search
+WITHOUT_OWN = {name: qset for name, qset in SETS.items() if name != "own"}
 STEPS = 6
 
 

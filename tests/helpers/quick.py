@@ -4,24 +4,38 @@ Their sums go from one entry to the next, so they are less precise than those of
 """
 
 import functools
+import threading
 
 import jax
 from jax._src import compiler
+from jax._src.interpreters import mlir
 
 OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 OLDER = {"xla_cpu_use_fusion_emitters": False}  # generates code in a third of the time
+# For all programs: to divide a small one among threads takes longer than it saves.
+IN_ONE_PART = {"xla_cpu_parallel_codegen_split_count": 1}
 
 get_compile_options = compiler.get_compile_options
+make_ir_context = mlir.make_ir_context
 
 
 @functools.cache
 def options():
-    """Those of XLA's options that this version of it knows."""
+    return OPTIONS | known(OLDER) | in_one_part()
+
+
+@functools.cache
+def in_one_part():
+    return known(IN_ONE_PART)
+
+
+def known(options):
+    """These of XLA's options, or none if this version of it does not know them."""
     try:
-        jax.jit(lambda: 0, compiler_options=OPTIONS | OLDER).lower().compile()
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
-        return OPTIONS
-    return OPTIONS | OLDER
+        return {}
+    return options
 
 
 def jit(function, **kwargs):
@@ -35,11 +49,21 @@ def jit(function, **kwargs):
 
 
 def install():
-    """Makes `jax_disable_most_optimizations` mean these options, for all programs."""
+    """Makes `jax_disable_most_optimizations` mean `options`, for all programs; without it each is
+    optimized, in one part. And the programs of a thread share MLIR's context: to make one takes
+    longer than all else that is done to lower a small program.
+    """
+    mlir.make_ir_context = lambda: _context_of(threading.get_ident())
     compiler.get_compile_options = _get_compile_options
 
 
+@functools.cache
+def _context_of(thread):
+    return make_ir_context()
+
+
 def _get_compile_options(*args, env_options_overrides=None, **kwargs):
-    if jax.config.values["jax_disable_most_optimizations"]:
-        env_options_overrides = env_options_overrides or options()
+    if not env_options_overrides:
+        quickly = jax.config.values["jax_disable_most_optimizations"]
+        env_options_overrides = options() if quickly else in_one_part()
     return get_compile_options(*args, env_options_overrides=env_options_overrides, **kwargs)

@@ -1,8 +1,9 @@
 """One of two processes that train the network of `meshes` together; `test_distributed` starts it.
 
-    python -m tests.helpers.two_processes PORT PROCESS STEPS ACROSS OUT
+    python -m tests.helpers.two_processes PORT PROCESS STEPS ACROSS NAMES OUT
 
-`ACROSS` is the axis of the mesh that goes from one process to the other.
+`ACROSS` is the axis of the mesh that goes from one process to the other, `NAMES` are the
+layers that are quantized.
 """
 
 import functools
@@ -18,13 +19,13 @@ from tests.helpers import meshes, quick
 quick.install()
 
 
-def main(port: str, process: str, steps: str, across: str, out: str) -> None:
+def main(port: str, process: str, steps: str, across: str, names: str, out: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process), initialization_timeout=120)
     devices = np.array(jax.devices()).reshape(2, 2)  # a row a process
     axes = ("data", "model") if across == "data" else ("model", "data")
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * 2)
     jax.set_mesh(mesh)
-    optimizer = meshes.relaxation()
+    optimizer = meshes.relaxation({name: meshes.SETS[name] for name in names.split()})
     params = meshes.put(meshes.network(), meshes.SPECS, mesh)
     state = optimizer.init(params)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers import covering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -23,15 +24,17 @@ SETS = {
 }
 DTYPES = ["float32", "bfloat16", "float16"]
 NAMES = [f"{name} {dtype}" for name, dtype in itertools.product(SETS, DTYPES)]
+# Each set in one dtype; in all of them in `make soak`.
+IN_SUITE = [f"{name} {DTYPES[i % len(DTYPES)]}" for i, name in enumerate(SETS)]
 RULES = brx.select(*((f"^{name} ", qset) for name, qset in SETS.items()))
 
 
 @functools.cache
-def deployed():
+def deployed(names):
     """Params in phase II, their state, and what is read from it, one program for all."""
     rng = np.random.default_rng(0)
     params = {
-        name: jnp.asarray(rng.standard_normal((16, 6)), name.split()[1]) for name in NAMES
+        name: jnp.asarray(rng.standard_normal((16, 6)), name.split()[1]) for name in names
     } | {"bias": jnp.zeros(3)}
     optimizer = brx.binary_relax(optax.sgd(0.1), RULES, 1.0, 0)
 
@@ -51,9 +54,10 @@ def bits(w):
     return np.asarray(w).view(f"u{w.dtype.itemsize}")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", covering.some(NAMES, IN_SUITE))
 def test_codes_and_scales_of_a_state_are_its_quantized_params_bit_for_bit(name):
-    params, _, quantized, tree = deployed()
+    names = IN_SUITE if name in IN_SUITE else NAMES
+    params, _, quantized, tree = deployed(tuple(names))
     leaf = tree[name]
     assert leaf.codes.dtype == np.int8
     assert leaf.codes.shape == quantized[name].shape
@@ -65,7 +69,7 @@ def test_codes_and_scales_of_a_state_are_its_quantized_params_bit_for_bit(name):
 
 
 def test_other_leaves_are_as_they_are():
-    params, _, _, tree = deployed()
+    params, _, _, tree = deployed(tuple(IN_SUITE))
     np.testing.assert_array_equal(tree["bias"], params["bias"])
     assert jax.tree.structure(
         jax.tree.map(lambda _: 0, tree, is_leaf=lambda x: isinstance(x, brx.Quantized))
@@ -73,10 +77,10 @@ def test_other_leaves_are_as_they_are():
 
 
 def test_a_quantized_tree_goes_through_jit():
-    _, _, quantized, tree = deployed()
-    leaf = {name: tree[name] for name in NAMES}
+    _, _, quantized, tree = deployed(tuple(IN_SUITE))
+    leaf = {name: tree[name] for name in IN_SUITE}
     out = jax.jit(lambda tree: {name: leaf.dequantize() for name, leaf in tree.items()})(leaf)
-    for name in NAMES:
+    for name in IN_SUITE:
         np.testing.assert_array_equal(out[name], quantized[name])
 
 

@@ -8,6 +8,7 @@ import pytest
 from jax import export
 
 import brelax_jax as brx
+from tests.helpers import covering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -41,8 +42,9 @@ def step_of(name, state):
     return jax.jit(step)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), covering.pairs(TRANSFORMATIONS, ["float32", "bfloat16"])
+)
 def test_updates_lower_for_every_platform(name, dtype):
     params = {name: jax.ShapeDtypeStruct(SHAPE, dtype) for name in SETS}
     state = jax.eval_shape(TRANSFORMATIONS[name].init, params)

@@ -4,11 +4,13 @@ import contextlib
 import copy
 import dataclasses
 import gc
+from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import brelax_jax
 from tests.helpers import quick
 
 quick.install()
@@ -52,6 +54,7 @@ def compiled_programs(tmp_path_factory):
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     gc.freeze()  # what was imported stays: a collection need not go through it
+    gc.set_threshold(100_000, 20, 20)  # to trace a program makes many objects that stay
     with configured(**settings):
         yield {name.upper(): str(value) for name, value in settings.items()}
 
@@ -68,6 +71,13 @@ def quickly_compiled(compiled_programs, request):
     with configured(jax_disable_most_optimizations=True):
         yield compiled_programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
     jax.clear_caches()  # they do not tell the two kinds apart
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_doctests(request):
+    """The examples in docstrings are such programs."""
+    if request.path.is_relative_to(Path(brelax_jax.__file__).parent):
+        request.getfixturevalue("quickly_compiled")
 
 
 @pytest.fixture(scope="module")
