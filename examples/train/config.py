@@ -77,8 +77,8 @@ class Config:
     lam_schedule: str | None = setting(
         None,
         "quantization",
-        "growth of λ, or of the strength from 0 to 1 (linear from scratch; geometric with "
-        "--warm-start, or if a number of the geometric growth is changed)",
+        "growth of λ, or of the strength from 0 to 1 (sigmoid with --method parq; else linear from "
+        "scratch, and geometric with --warm-start; geometric if one of its numbers is given)",
         ("geometric", "linear", "cosine", "sigmoid"),
     )
     lam_start: float = setting(1.0, "quantization", "geometric: λ in the first step")
@@ -169,12 +169,14 @@ class Config:
     @property
     def lam_shape(self) -> str:
         """How λ grows: from scratch networks end better if it begins at 0, from float weights if it
-        begins higher (docs/accuracy_tables.md).
+        begins higher (docs/accuracy_tables.md). PARQ has its own schedule.
         """
         changed = any(
             getattr(self, name) != getattr(Config, name)
             for name in ("lam_start", "lam_end", "lam_growth")
         )
+        if self.method == "parq" and not changed:
+            return self.lam_schedule or "sigmoid"
         geometric = self.warm_start is not None or changed
         return self.lam_schedule or ("geometric" if geometric else "linear")
 

@@ -206,9 +206,9 @@ def epoch_line(epoch: int, config: Config, values: dict[str, Any]) -> str:
     name = "test" if "test_current" in values else "validation"
     text = f"epoch {epoch:3d}/{config.epochs}  loss {values['loss']:.3f}"
     text += f"  train {values['accuracy']:6.2%}"
-    text += f"  {name} {values[name + '_current']:6.2%}"
+    text += f"  {name} {values[name + '_deployed']:6.2%}"
     if config.method != "float":
-        text += f"  deployed {values[name + '_deployed']:6.2%}"
+        text += f"  not deployed {values[name + '_current']:6.2%}"
         text += f"  λ {values['lam']:.3g}  α {values['strength']:.3f}"
     return text + f"  {values['images_per_second']:.0f} img/s  {values['seconds']:.1f} s"
 

@@ -30,6 +30,8 @@ def test_options_override_the_preset_and_the_preset_the_defaults():
         ({"warm_start": "runs/float"}, "geometric"),
         ({"lam_growth": 1.5}, "geometric"),
         ({"warm_start": "runs/float", "lam_schedule": "cosine"}, "cosine"),
+        ({"method": "parq", "warm_start": "runs/float"}, "sigmoid"),
+        ({"method": "parq", "lam_end": 50.0}, "geometric"),
     ],
 )
 def test_lam_grows_as_the_start_and_the_options_say(settings, shape):
