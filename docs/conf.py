@@ -27,12 +27,15 @@ napoleon_attr_annotations = False
 
 html_theme = "sphinx_book_theme"
 html_title = "brelax_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "repository_url": "https://github.com/brelax-jax/brelax_jax",
     "use_repository_button": True,
     "use_issues_button": True,
     "path_to_docs": "docs",
     "show_toc_level": 2,
+    "navbar_persistent": [],  # the search is in the sidebar
 }
 
 
