@@ -17,7 +17,7 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
 )
 GALLERY = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/gallery/*.md"))
-SNIPPET = re.compile(r"^```(?:python|\{code-cell\}(?:\n:[^\n]*)?)\n(.*?)^```$", re.M | re.S)
+SNIPPET = re.compile(r"^```(?:python|\{code-cell\}(?:\n:[^\n]*)*)\n(.*?)^```$", re.M | re.S)
 
 
 def read(page):
