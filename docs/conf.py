@@ -19,6 +19,7 @@ myst_heading_anchors = 4  # as GitHub makes them
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say shapes and dtypes
@@ -27,12 +28,15 @@ napoleon_attr_annotations = False
 
 html_theme = "sphinx_book_theme"
 html_title = "brelax_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "repository_url": "https://github.com/brelax-jax/brelax_jax",
     "use_repository_button": True,
     "use_issues_button": True,
     "path_to_docs": "docs",
     "show_toc_level": 2,
+    "navbar_persistent": [],  # the search is in the sidebar
 }
 
 

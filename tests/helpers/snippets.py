@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of the pages in docs/.
+"""The Python snippets of the README and of the pages in docs/, and the cells of its notebooks.
 
 `python -m tests.helpers.snippets docs/sharding.md` runs those of one page.
 """
@@ -13,10 +13,11 @@ from tests.helpers import quick
 quick.install()
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(  # without docs/gallery, whose notebooks `make docs` runs
+PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
 )
-SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+GALLERY = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/gallery/*.md"))
+SNIPPET = re.compile(r"^```(?:python|\{code-cell\}(?:\n:[^\n]*)*)\n(.*?)^```$", re.M | re.S)
 
 
 def read(page):
