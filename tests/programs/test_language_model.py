@@ -54,16 +54,19 @@ def trainer(made, quickly_compiled):
     return Trainer(TINY, made)
 
 
+def trained(trainer, name, start):
+    """A network of seed 0; of seed 1 too, because so many are trained in the runs below."""
+    return trainer.train(name, [start, start], [0, 1], Progress(0, quiet=True))[0]
+
+
 @pytest.fixture(scope="module")
 def start(trainer):
-    [trained] = trainer.train("float", [trainer.init(0)], [0], Progress(0, quiet=True))
-    return trained.params
+    return trained(trainer, "float", trainer.init(0)).params
 
 
 @pytest.fixture(scope="module")
 def relaxed(trainer, start):
-    [trained] = trainer.train("BinaryRelax, ternary", [start], [0], Progress(0, quiet=True))
-    return trained
+    return trained(trainer, "BinaryRelax, ternary", start)
 
 
 @pytest.fixture(scope="module")
