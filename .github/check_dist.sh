@@ -14,5 +14,6 @@ for file in "$checkout"/dist/*.whl "$checkout"/dist/*.tar.gz; do
   bin/python -W error "$checkout/.github/check_wheel.py"
   bin/python -m pip install --quiet flax scikit-learn
   bin/python "$checkout/.github/check_tutorial.py" "$checkout/README.md"
+  cd "$checkout"
   rm -r "$room"
 done
