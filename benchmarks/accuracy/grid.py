@@ -42,6 +42,8 @@ class Grid:
         for team in teams(list(dict.fromkeys(starts))) + teams(missing):
             with contextlib.ExitStack() as stack:
                 ours = [run for run in team if stack.enter_context(claimed(run))]
+                # A start that is not there is another process's.
+                ours = [run for run in ours if run.start is None or finished(run.start)]
                 if fresh := [run for run in ours if not finished(run)]:
                     self.progress.line(f"{fresh[0].name} and {len(fresh) - 1} like it")
                     train_together(fresh, self.data(), self.progress)

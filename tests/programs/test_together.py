@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from benchmarks.accuracy import together
+from benchmarks.accuracy.grid import claimed
 from benchmarks.accuracy.records import Results
 from benchmarks.accuracy.together import convolution_as_product, teams
 from examples.runs.log import read
@@ -62,6 +63,16 @@ def test_a_team_that_is_done_is_not_trained_again(both, monkeypatch):
     monkeypatch.chdir(both[1])
     monkeypatch.setattr(together.Team, "start", None)
     assert grid(*OPTIONS, "--together", base=BASE) == 0
+
+
+def test_a_start_that_another_process_trains_is_left_to_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(together.Team, "start", None)
+    [run] = plan(*ONE, base=BASE)
+    with claimed(run.start):
+        assert grid(*ONE, "--together", base=BASE) == 0
+    assert f"At work elsewhere: {run.name}" in capsys.readouterr().out
+    assert not (tmp_path / RESULTS).exists()
 
 
 def test_images_that_are_decoded_while_training_are_refused():
