@@ -12,6 +12,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -167,11 +168,11 @@ def peers() -> list[Peer]:
         return in_jax(seed, lambda adam: adam, network())
 
     for bits in SETS:
-        found.append(Peer(f"brelax_jax, {bits}", "jax", lambda s, b=bits: ours(s, b), floats, 1))
-    found.append(Peer("Qwix, 4 bits", "qwix", lambda s: by_qwix(s, "4 bits"), floats, 2))
+        found.append(Peer(f"brelax_jax, {bits}", "jax", partial(ours, bits=bits), floats, 1))
+    found.append(Peer("Qwix, 4 bits", "qwix", partial(by_qwix, bits="4 bits"), floats, 2))
+    plain = partial(by_torchao, bits=None)
     for bits in SETS:
-        train = lambda s, b=bits: by_torchao(s, b)  # noqa: E731
-        found.append(Peer(f"torchao, {bits}", "torchao", train, lambda s: by_torchao(s, None), 3))
+        found.append(Peer(f"torchao, {bits}", "torchao", partial(by_torchao, bits=bits), plain, 3))
     return found
 
 
