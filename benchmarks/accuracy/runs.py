@@ -144,10 +144,11 @@ def _idle(config: Config) -> list[str]:
             names += its_own
     if not pulled:
         names.append("lam_schedule")
-    if not (pulled or config.hard_lr) or config.hard_from == 0.75 * config.epochs:
+    has_phases = pulled or config.hard_lr or config.lr_schedule == "restart"
+    if not has_phases or config.hard_from == 0.75 * config.epochs:
         names.append("hard_from")
     if config.method == "float":
-        names += ["set", "granularity", "tolerance", "first", "last"]
+        names += ["set", "granularity", "tolerance", "first", "last", "hold"]
     return names
 
 

@@ -147,7 +147,7 @@ class Team:
     def finish(self, state: TrainState) -> None:
         """Writes each member's checkpoint and result."""
         accuracies, params = self._accuracies(state, "test"), state.params
-        if self.config.method != "float":
+        if not self.config.deploys_as_trained:
             params, _ = self.deployed(state)
         for member, (log, config) in enumerate(zip(self.logs, self.configs, strict=True)):
             Checkpoints(config.directory).save(config.epochs, member_of(state, member), config)
@@ -167,7 +167,7 @@ class Team:
         """Each member's accuracy as training left it, and deployed."""
         model = (state.params, state.batch_stats)
         current = deployed = self._correct(model, self._splits[split])
-        if self.config.method != "float":
+        if not self.config.deploys_as_trained:
             deployed = self._correct(self.deployed(state), self._splits[split])
         return [
             {f"{split}_current": one, f"{split}_deployed": other}
@@ -224,7 +224,7 @@ class Team:
 
         def one(numbers: Numbers, state: TrainState, orders: Array) -> tuple[Any, Any]:
             member = self.trainer.with_numbers(**numbers)
-            params = brx.quantized_params(state.opt_state, state.params)
+            params = member.params_to_deploy(state)
 
             def add(total: Any, batch: Arrays) -> tuple[Any, None]:
                 number, indices = batch

@@ -57,6 +57,8 @@ def check(config: Config) -> None:
         "epochs": (config.epochs >= 1, "at least 1"),
         "batch": (config.batch >= 1, "at least 1"),
         "lr": (config.lr > 0, "positive"),
+        "hold": (0 <= config.hold < 1, "a share from 0 to below 1"),
+        "average": (0 <= config.average <= config.epochs, f"from 0 to epochs ({config.epochs})"),
         "hard_lr": (config.hard_lr is None or config.hard_lr > 0, "positive"),
         "momentum": (0 <= config.momentum < 1, "from 0 to below 1"),
         "weight_decay": (config.weight_decay >= 0, "0 or more"),

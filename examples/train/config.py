@@ -95,16 +95,31 @@ class Config:
         "epoch at which phase II begins: weights are exactly quantized (three quarters of epochs)",
     )
     hard_lr: float | None = setting(None, "quantization", "limit of the learning rate in phase II")
+    hold: float = setting(
+        0.0,
+        "quantization",
+        "hold a float weight for good if its code goes back and forth in more than this share of "
+        "recent steps, at the end in a quarter of it; 0: never",
+    )
 
     epochs: int = setting(30, "training", "passes over the training split")
     batch: int = setting(128, "training", "images in a step")
     lr: float = setting(0.1, "training", "learning rate at the start")
     lr_schedule: str = setting(
-        "cosine", "training", "cosine to 0, or divided by ten at each drop", ("cosine", "drops")
+        "cosine",
+        "training",
+        "cosine to 0; restart: cosine to 0 in phase I, and again in phase II; drops: divided by "
+        "ten at each drop",
+        ("cosine", "restart", "drops"),
     )
     lr_drops: tuple[float, ...] = setting((), "training", "epochs of the drops, as in 80,140")
     momentum: float = setting(0.9, "training", "momentum of SGD")
     weight_decay: float = setting(1e-4, "training", "L2 weight decay, on the float weights")
+    average: float = setting(
+        0.0,
+        "training",
+        "deploy the average of the float weights of so many last epochs; 0: the last ones",
+    )
     warm_start: str | None = setting(
         None, "training", "start from the weights of the run in this directory"
     )
@@ -165,6 +180,11 @@ class Config:
     def hard_epoch(self) -> float:
         """The epoch at which phase II begins."""
         return 0.75 * self.epochs if self.hard_from is None else self.hard_from
+
+    @property
+    def deploys_as_trained(self) -> bool:
+        """Whether the params to deploy are those of the last step, with their statistics."""
+        return self.method == "float" and not self.average
 
     @property
     def lam_shape(self) -> str:

@@ -167,9 +167,9 @@ def shown_metrics(values: brx.LeafMetrics, qset: brx.QuantizedSet) -> dict[str, 
 
 def deployed(trainer: Trainer, state: TrainState) -> tuple[Any, Any]:
     """The params to deploy, on their sets, and batch statistics that belong to them."""
-    if trainer.config.method == "float":
+    if trainer.config.deploys_as_trained:
         return state.params, state.batch_stats
-    params = trainer.quantized(state.opt_state, state.params)
+    params = trainer.deployed(state)
     return params, trainer.batch_statistics(params)
 
 
@@ -177,7 +177,7 @@ def evaluate(trainer: Trainer, state: TrainState, split: AnySplit) -> dict[str, 
     """Accuracy of the current params, with their running statistics, and of the deployed ones."""
     name = "test" if split is trainer.data.test else "validation"
     current = trainer.evaluate(state.params, state.batch_stats, split)
-    if trainer.config.method == "float":
+    if trainer.config.deploys_as_trained:
         return {f"{name}_current": current, f"{name}_deployed": current}
     return {
         f"{name}_current": current,

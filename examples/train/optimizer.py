@@ -8,6 +8,7 @@ import optax
 import brelax_jax as brx
 from examples.runs.sets import parse_set
 from examples.train.config import Config
+from examples.train.float_weights import average_from, hold_oscillating
 
 
 def layer_sets(config: Config) -> brx.Selection:
@@ -27,14 +28,19 @@ def layer_sets(config: Config) -> brx.Selection:
 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate by step: cosine or drops, and at most `hard_lr` in phase II."""
+    """The learning rate by step, at most `hard_lr` in phase II."""
+    steps = config.epochs * steps_per_epoch
+    hard_step = round(config.hard_epoch * steps_per_epoch)
     if config.lr_schedule == "cosine":
-        plain = optax.cosine_decay_schedule(config.lr, config.epochs * steps_per_epoch)
+        plain = optax.cosine_decay_schedule(config.lr, steps)
+    elif config.lr_schedule == "restart":
+        phases = [steps_in for steps_in in (hard_step, steps - hard_step) if steps_in]
+        cosines = [optax.cosine_decay_schedule(config.lr, steps_in) for steps_in in phases]
+        plain = optax.join_schedules(cosines, [hard_step][: len(cosines) - 1])
     else:
         drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.lr_drops}
         plain = optax.piecewise_constant_schedule(config.lr, drops)
     most = math.inf if config.hard_lr is None else config.hard_lr
-    hard_step = round(config.hard_epoch * steps_per_epoch)
     cap = optax.join_schedules([lambda count: math.inf, lambda count: most], [hard_step])
     return lambda count: jnp.minimum(plain(count), cap(count))
 
@@ -67,10 +73,16 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     """SGD as the authors use it, alone or inside a transformation that quantizes: the one line that
     differs.
     """
-    sgd = optax.chain(
+    steps = config.epochs * steps_per_epoch
+    parts = [
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(learning_rate(config, steps_per_epoch), momentum=config.momentum),
-    )
+    ]
+    if config.hold and config.method != "float":
+        parts.append(hold_oscillating(layer_sets(config), config.hold, steps))
+    if config.average:
+        parts.append(average_from(steps - round(config.average * steps_per_epoch)))
+    sgd = optax.chain(*parts)
     if config.method == "float":
         return sgd
     tracked = config.metrics_every != 0

@@ -21,6 +21,7 @@ from examples.train.config import Config
 from examples.train.data.augment import augment, normalize
 from examples.train.data.load import Data
 from examples.train.data.splits import AnySplit, Indices, Split, Stream
+from examples.train.float_weights import average_of
 from examples.train.mesh import everywhere, laid_out, make_mesh, over_data, over_model
 from examples.train.models import make_model
 from examples.train.optimizer import learning_rate, make_optimizer
@@ -147,7 +148,9 @@ class Trainer:
             out_shardings=(states, whole),
             donate_argnums=0,
         )
-        self.quantized = jax.jit(brx.quantized_params, out_shardings=states.params)
+        self.deployed = jax.jit(
+            self.params_to_deploy, in_shardings=(states,), out_shardings=states.params
+        )
         self.metrics = jax.jit(brx.metrics, out_shardings=whole)
         self._sums = jax.jit(
             self.sums_of, in_shardings=(*model, *(batches,) * 3), out_shardings=whole
@@ -188,6 +191,15 @@ class Trainer:
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
         sums = Sums(value * len(labels), correct.astype(jnp.float32), jnp.float32(len(labels)))
         return TrainState(state.step + 1, params, batch_stats, opt_state), sums
+
+    def params_to_deploy(self, state: TrainState) -> Any:
+        """The float weights, or their average, on their sets."""
+        opt_state, params = state.opt_state, state.params
+        quantized = self.config.method != "float"
+        if self.config.average:
+            params = average_of(opt_state)
+            opt_state = brx.with_float_params(opt_state, params) if quantized else opt_state
+        return brx.quantized_params(opt_state, params) if quantized else params
 
     def _augmented(self, images: Array, number: Array) -> Array:
         """Training images, changed at random by the seed and this number."""

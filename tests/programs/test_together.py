@@ -16,7 +16,9 @@ from examples.runs.log import read
 from tests.helpers.tiny_grid import RESULTS, RUNS, TINY_BASE, grid, plan
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
-BASE = dataclasses.replace(TINY_BASE, augment=True, metrics_every=None)
+BASE = dataclasses.replace(
+    TINY_BASE, augment=True, metrics_every=None, lr_schedule="restart", hold=0.5, average=1.0
+)
 ONE = ("--methods", "binary_relax", "--seeds", "1", "--learning-rates", "0.3")
 OPTIONS = ("--methods", "binary_relax", "--seeds", "0", "1", "--learning-rates", "0.1", "0.3")
 
