@@ -1,7 +1,7 @@
 """Draws docs/ternary_scales.png: what the exact ternary scale and two rules by the mean do to the
 layers of a network: `python docs/ternary_scales.py`.
 
-It reads results/rules/layers.json: for each layer of a run, by epoch, the share of zeros, the
+It reads results/ternary_layers.json: for each layer of a run, by epoch, the share of zeros, the
 scale, and the share of weights whose level the epoch's last step changed, as `--metrics-every`
 logs them.
 """
@@ -30,7 +30,7 @@ LAYERS = {  # with their weights
 def main():
     """Draws the picture."""
     here = Path(__file__).parent
-    rows = json.loads((here.parent / "results/rules/layers.json").read_text())
+    rows = json.loads((here.parent / "results/ternary_layers.json").read_text())
     figure, (zeros, scale, flips) = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
     places = np.arange(len(LAYERS))
     for shift, (label, (run, color)) in zip((-0.15, 0, 0.15), RULES.items(), strict=True):

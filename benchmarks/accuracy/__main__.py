@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.budget import budget, done
 from benchmarks.accuracy.grid import Grid
+from benchmarks.accuracy.learned import scales_are_learned
 from benchmarks.accuracy.records import Results
 from benchmarks.accuracy.report import report, study
 from benchmarks.accuracy.runs import BASE, MAIN, METHODS, SETS, Run, plan, with_starts
@@ -48,6 +49,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="train runs that differ only in seed and learning rate as one program, for a GPU",
     )
+    grid.add_argument(
+        "--learn-scales",
+        type=float,
+        metavar="X",
+        help="train the scales too, as LSQ does, at X times the learning rate of the weights; give "
+        "--runs and --results too",
+    )
     add = functools.partial(parser.group("in place of training").add_argument, action="store_true")
     add("--budget", help="only say what is done and missing")
     add("--report", help="only draw the table and the plots")
@@ -58,7 +66,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--results", default="results/accuracy", help="a line for each run")
     add("--docs", default="docs", help="where the report goes")
     output.add_argument("--quiet", action="store_true", help="no progress bar: a line an epoch")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    shared = [n for n in ("runs", "results") if getattr(options, n) == parser.get_default(n)]
+    if options.learn_scales is not None and shared:
+        parser.error(
+            f"--learn-scales needs a directory of its own: give --{shared[0]}. The settings of a "
+            "run do not say that its scales are learned."
+        )
+    return options
 
 
 def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
@@ -71,7 +86,8 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
         if options.budget:
             print(budget(runs, results))
         elif options.study:
-            print(study(results, base, options.docs))
+            tag_ = "-".join([*of_results(options), "study"])
+            print(study(results, base, options.docs, tag_))
         elif options.report and len(options.learning_rates) > 1:
             raise ValueError(
                 f"A report is of one learning rate, got {options.learning_rates}: give one."
@@ -79,7 +95,8 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
         elif options.report:
             print(report(runs, results, options.docs, tag(options)))
         else:
-            run_grid(runs, results, options.quiet, options.together)
+            with scales_are_learned(options.learn_scales):
+                run_grid(runs, results, options.quiet, options.together)
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -91,13 +108,17 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
 
 def tag(options: argparse.Namespace) -> str:
     """What the report is of, for its place on the page and its pictures' names."""
-    directory = Path(options.results).name
-    words = [] if directory == "accuracy" else [directory]
-    words.append(f"{options.epochs}ep")
+    words = [*of_results(options), f"{options.epochs}ep"]
     if options.granularity != "tensor":
         words.append(options.granularity)
     words += [f"lr{rate:g}" for rate in options.learning_rates] + options.override
     return re.sub(r"[^\w.]+", "-", "-".join(words))
+
+
+def of_results(options: argparse.Namespace) -> list[str]:
+    """The directory of the results as a word of a name, if it is not the usual one."""
+    directory = Path(options.results).name
+    return [] if directory == "accuracy" else [directory]
 
 
 def run_grid(runs: Sequence[Run], results: Results, quiet: bool, together: bool) -> None:

@@ -154,12 +154,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def mistaken_name(record: dict[str, Any], base: Config) -> str | None:
     """What is wrong with the name of a line, if its settings give it another."""
-    settings = settings_of(record["settings"])
-    settings["lr_drops"] = tuple(settings["lr_drops"])
-    method, config = record["method"], Config(**settings)
+    method, config = record["method"], config_of(record)
     neutral = base if method == START else neutral_settings(base, method)
     name = placed(method, config, neutral, ".").name
     return None if name == record["name"] else f"they give the name {name}."
+
+
+def config_of(record: dict[str, Any]) -> Config:
+    """The settings of a line."""
+    settings = settings_of(record["settings"])
+    settings["lr_drops"] = tuple(settings["lr_drops"])
+    return Config(**settings)
 
 
 def check_settings(where: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

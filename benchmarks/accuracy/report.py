@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.plots import plot_bits, plot_curves, plot_pull
-from benchmarks.accuracy.records import Results, mistaken_name
-from benchmarks.accuracy.runs import START, Run, set_name, with_starts
+from benchmarks.accuracy.records import Results, config_of, mistaken_name
+from benchmarks.accuracy.runs import FIELDS, NAMED, START, Run, make_run, set_name, with_starts
 from examples.runs.studies import current, other_revisions
 from examples.train.config import Config
 
@@ -177,7 +177,7 @@ def origin(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def study(results: Results, base: Config, docs: str) -> str:
+def study(results: Results, base: Config, docs: str, tag: str) -> str:
     """Writes the table of all runs in the results by validation accuracy after the last epoch into
     docs/accuracy_tables.md; returns it.
 
@@ -196,9 +196,7 @@ def study(results: Results, base: Config, docs: str) -> str:
     found = {name: last(row, "validation_deployed") for name, row in families.items()}
     rows: list[dict[str, str]] = []
     for name, row in families.items():
-        record = next(iter(row.values()))
-        unchanged = "".join(name.partition(f"-{record['settings']['epochs']}ep")[:2])
-        connect = name.replace(f"-{record['method']}-", f"-{CONNECT}-")
+        unchanged, connect = compared(next(iter(row.values())), base)
         rows.append(
             {
                 "runs": name,
@@ -207,14 +205,36 @@ def study(results: Results, base: Config, docs: str) -> str:
                 "not deployed": spread(last(row, "validation_current")),
                 "minus without changes": versus(found, name, unchanged),
                 "minus BinaryConnect": versus(found, name, connect),
+                "test accuracy": spread(accuracies(row)),
             }
         )
     text = table(rows)
     if left_out := other_revisions(every):
         text += f"\n\n{left_out}"
     Path(docs).mkdir(parents=True, exist_ok=True)
-    insert(Path(docs) / PAGE, "study", text)
+    insert(Path(docs) / PAGE, tag, text)
     return text
+
+
+def compared(record: dict[str, Any], base: Config) -> tuple[str, str]:
+    """The families that a run's is compared with: without its changes, of which the learning rate
+    stays beside others, and BinaryConnect in the same settings.
+    """
+    if record["method"] == START:
+        return START, START
+    config = config_of(record)
+    start: dict[str, Any] = {} if config.warm_start else {"warm_start": None}
+    changes = {name: getattr(config, name) for name in FIELDS if name not in NAMED} | start
+    about = (config.set, config.seed, config.epochs)
+
+    def family(method: str, changes: dict[str, Any]) -> str:
+        return make_run(base, method, *about, changes, "").name.rpartition("-seed")[0]
+
+    own = record["name"].rpartition("-seed")[0]
+    unchanged = family(record["method"], start | {"lr": config.lr})
+    if unchanged == own:
+        unchanged = family(record["method"], start)
+    return unchanged, family(CONNECT, changes)
 
 
 def last(row: Row, name: str) -> dict[int, float]:

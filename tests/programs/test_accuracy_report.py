@@ -89,6 +89,24 @@ def test_the_study_compares_what_differs_in_one_thing(capsys):
     ]
     assert rows[f"{connect}-lr0.3"][compared[0]] == "+2.50 ± 0.50 (n = 2)"
     assert {rows[name][c] for name in ("float", connect) for c in compared} == {"–"}
+    assert rows[relax]["test accuracy"] == "72.50 ± 2.12"
+
+
+def test_changes_beside_a_start_and_a_learning_rate_are_compared_without_them(capsys):
+    scratch = {"warm_start": None, "lr": 0.3}
+    made("binary_connect", [60, 62], **scratch)
+    made("binary_connect", [61, 62], **scratch, average=1.0)
+    made("binary_relax", [63, 65], **scratch, lam_schedule="linear")
+    made("binary_relax", [64, 68], **scratch, lam_schedule="linear", hard_from=0.5)
+    made("binary_relax", [70, 72])
+    assert grid("--study") == 0
+    rows = {row.pop("runs"): row for row in table_of(capsys.readouterr().out)}
+    end = [name for name in rows if name.endswith("hard_from0.5-lr0.3")]
+    changed = rows[end[0]]
+    assert changed["minus without changes"] == "+2.00 ± 1.00 (n = 2)"
+    assert changed["minus BinaryConnect"] == "+5.00 ± 1.00 (n = 2)"
+    average = rows["binary-binary_connect-2ep-scratch-lr0.3-average1"]
+    assert average["minus without changes"] == "+0.50 ± 0.50 (n = 2)"
 
 
 def test_without_a_gap_no_share_is_closed(capsys):
