@@ -69,6 +69,9 @@ def projection_times() -> None:
         "Ternary, channel": brx.Ternary(granularity=CHANNEL),
         "Uniform(4), channel": brx.Uniform(4, granularity=CHANNEL),
         "Ternary, blocks of 64": brx.Ternary(granularity=brx.PerBlock(64, 2)),
+        "Ternary, blocks of 16": brx.Ternary(granularity=brx.PerBlock(16, 2)),
+        "Uniform(4), blocks of 32": brx.Uniform(4, granularity=brx.PerBlock(32, 2)),
+        "Uniform(4), blocks of 16": brx.Uniform(4, granularity=brx.PerBlock(16, 2)),
     }
     calls = {"one pass": on(lambda w: jnp.sum(jnp.abs(w)), normal)}
     calls |= {name: on(qset.project, normal) for name, qset in sets.items()}

@@ -21,12 +21,15 @@ Setting = TypeVar("Setting", bound=Hashable)
 def can_be_joined(groups: int) -> bool:
     """Whether the numbers of an array of so many groups may become a part of one vector.
 
-    XLA would move those of arrays that are sharded differently, and where it decides on the
-    sharding that is not known here.
+    XLA would move those of arrays that are sharded differently.
     """
+    return groups == 1 or (are_local() and groups <= MOST_GROUPS)
+
+
+def are_local() -> bool:
+    """Whether arrays are on one device. Where XLA decides on the sharding that is not known."""
     mesh = jax.sharding.get_abstract_mesh()
-    is_local = jax.device_count() == 1 or set(mesh.manual_axes) == set(mesh.axis_names) != set()
-    return groups == 1 or (is_local and groups <= MOST_GROUPS)
+    return jax.device_count() == 1 or set(mesh.manual_axes) == set(mesh.axis_names) != set()
 
 
 class Layout(NamedTuple):

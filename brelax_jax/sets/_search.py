@@ -17,13 +17,13 @@ found by more than `TOLERANCE`, relative, or by more than the tolerance of a sca
 Where only some scales are allowed, it evaluates no others, and an interval with none inside is
 passed.
 
-This is the search of one array, one scale a round, which is fastest on CPU. On accelerators
-`_together.py` takes its place.
+This is the search of one array, one scale a round, which is fastest on CPU. For small groups
+`_sweep.py` takes its place, and on accelerators `_together.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -110,21 +110,6 @@ class Search(NamedTuple):
     rounds: Array
 
 
-def searched_scale(magnitudes: Sequence[float], weights: Weights) -> Array:
-    """argmin over the allowed s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group.
-
-    Returns:
-      Scales of w's dtype that broadcast against it: 0 for groups of zeros, NaN for groups that hold
-      one or an infinity.
-    """
-    peak = weights.group.max(jnp.abs(weights.w))
-    problem = problem_of(magnitudes, weights, peak)
-    best = branch_and_bound(problem).best[0]
-    if weights.allowed is None:
-        best = problem.refitted(best)
-    return problem.unit.scales(best, peak)
-
-
 def problem_of(magnitudes: Sequence[float], weights: Weights, peak: Array) -> Problem:
     """The problem for weights with this largest magnitude in each group."""
     if weights.allowed is None:
@@ -152,8 +137,34 @@ def branch_and_bound(problem: Problem) -> Search:
     return lax.while_loop(_is_uncertain, partial(_split, problem), start)
 
 
-def _start(problem: Problem) -> Search:
-    """The first intervals, and the best of their ends or the scale to keep."""
+def searched_scale(
+    magnitudes: Sequence[float],
+    weights: Weights,
+    search: Callable[[Problem], Any] = branch_and_bound,
+) -> Array:
+    """argmin over the allowed s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group.
+
+    Args:
+      magnitudes: those of the levels, ascending.
+      weights: the weights.
+      search: gives an object whose `best` is the best scale, with its error.
+
+    Returns:
+      Scales of w's dtype that broadcast against it: 0 for groups of zeros, NaN for groups that hold
+      one or an infinity.
+    """
+    peak = weights.group.max(jnp.abs(weights.w))
+    problem = problem_of(magnitudes, weights, peak)
+    best = search(problem).best[0]
+    if weights.allowed is None:
+        best = problem.refitted(best)
+    return problem.unit.scales(best, peak)
+
+
+def first_nodes(problem: Problem) -> tuple[Known, Known]:
+    """The least scale, the largest and some between, along a first axis; and the best of them, or
+    the scale to keep.
+    """
     a, unit = problem.a, problem.unit
     low, high = bounds(problem.magnitudes, problem.group.mean(a), problem.peak, unit)
     fractions = np.linspace(0, 1, INTERVALS + 1)
@@ -162,12 +173,18 @@ def _start(problem: Problem) -> Search:
     least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
     best = jnp.take_along_axis(nodes, least, axis=0)[0]
     far = best[1] >= problem.goal.search_below(problem.goal.kept)
+    return nodes, jnp.where(far, problem.goal.kept, best)
+
+
+def _start(problem: Problem) -> Search:
+    """The first intervals, and the best of their ends or the scale to keep."""
+    nodes, best = first_nodes(problem)
     end = nodes[-1:]
     return Search(
         below=nodes[0],
         ahead=jnp.concatenate([nodes[1:], *[end] * (STACK - INTERVALS)]),
         end=end,
-        best=jnp.where(far, problem.goal.kept, best),
+        best=best,
         rounds=jnp.zeros((), jnp.int32),
     )
 

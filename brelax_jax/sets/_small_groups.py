@@ -8,11 +8,11 @@ fixed sequence of minima and maxima, and nothing is reduced along a short axis.
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax.sets._search import FLOOR, TOLERANCE
+from brelax_jax.sets._sweep import has_rows
 from brelax_jax.sets._weights import Unit, Weights
 
 MOST_ENTRIES = 32  # of a group: programs grow faster than it
@@ -20,16 +20,8 @@ MOST_ENTRIES = 32  # of a group: programs grow faster than it
 
 def is_small(magnitudes: Sequence[float], weights: Weights) -> bool:
     """Whether `small_scales` is for these weights."""
-    w, group = weights.w, weights.group
-    spec = (*jax.typeof(w).sharding.spec, *[None] * w.ndim)
-    return (
-        len(magnitudes) == 2
-        and magnitudes[0] == 0
-        and len(group.axes) < w.ndim
-        and not group.axis_names
-        and all(spec[axis] is None for axis in group.axes)
-        and group.size(w) <= MOST_ENTRIES
-    )
+    is_ternary = len(magnitudes) == 2 and magnitudes[0] == 0
+    return is_ternary and has_rows(weights, MOST_ENTRIES)
 
 
 def small_scales(magnitudes: Sequence[float], weights: Weights) -> Array:

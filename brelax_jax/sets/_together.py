@@ -37,6 +37,7 @@ from brelax_jax.sets._search import (
     searched_scale,
 )
 from brelax_jax.sets._small_groups import is_small, small_scales
+from brelax_jax.sets._sweep import has_rows, swept_scale
 from brelax_jax.sets._weights import Unit, Weights, errors, gains, refitted
 
 LEAST_ENTRIES = 1024  # of a group of such an array, for several scales a round
@@ -131,7 +132,8 @@ def _searched(
     kept: Array | None,
 ) -> Array:
     """`searched_scale`, traced once for arrays of equal shapes."""
-    return searched_scale(magnitudes, Weights(w, group, kept, tolerance, allowed))
+    weights = Weights(w, group, kept, tolerance, allowed)
+    return (swept_scale if has_rows(weights) else searched_scale)(magnitudes, weights)
 
 
 def _at_once(

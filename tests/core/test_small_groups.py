@@ -1,5 +1,8 @@
-"""Small ternary groups are sorted, not searched: exact in each dtype, with ties, zeros and NaN."""
+"""Small ternary groups are sorted, those of more levels are swept: exact in each dtype, with ties,
+zeros and NaN.
+"""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,8 +13,9 @@ import pytest
 import brelax_jax as brx
 from brelax_jax.sets import Fit, Group
 from brelax_jax.sets._small_groups import is_small, sorting_network
+from brelax_jax.sets._sweep import has_rows
 from brelax_jax.sets._weights import Weights
-from tests.core.test_optimality import KINDS, assert_optimal
+from tests.core.test_optimality import KINDS, SETS, assert_optimal
 from tests.helpers import covering, oracles
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -43,6 +47,39 @@ def test_scales_are_the_best_for_every_kind_of_weights(size):
     assert is_small(qset.magnitudes, Weights(jnp.asarray(w), Group((1,))))
     kinds = [kind for kind in KINDS for _ in range(20)]
     assert_optimal(qset, kinds, w, jax.jit(qset.quantize)(w))
+
+
+SWEPT = {
+    name: dataclasses.replace(SETS[name], granularity=brx.PerBlock(16, 1))
+    for name in ("uniform4", "power4", "two-bit", "uneven")
+}
+
+
+@jax.jit
+def quantize_swept(w):
+    return {name: qset.quantize(w) for name, qset in SWEPT.items()}
+
+
+def test_scales_of_more_levels_are_the_best_for_every_kind_of_weights():
+    w = np.zeros((len(KINDS), 16), np.float32)
+    for i, draw in enumerate(KINDS.values()):
+        w[i] = draw(np.random.default_rng((7, i)), 16)
+    w = np.where(np.abs(w) < 1.2e-37, np.float32(0), w)
+    assert has_rows(Weights(jnp.asarray(w), Group((1,))))
+    assert not has_rows(Weights(jnp.zeros((3, 65)), Group((1,))))
+    assert not has_rows(Weights(jnp.asarray(w), Group((0, 1))))
+    for name, quantized in quantize_swept(w).items():
+        assert_optimal(SWEPT[name], [*KINDS], w, quantized)
+
+
+def test_groups_without_an_answer_do_not_disturb_a_sweep():
+    w = np.random.default_rng(0).standard_normal((len(KINDS), 16)).astype(np.float32)
+    clean = np.ravel(quantize_swept(w)["uniform4"].scale)
+    w[1, 3], w[2, 0], w[4] = np.nan, -np.inf, 0
+    scale = np.ravel(quantize_swept(w)["uniform4"].scale)
+    np.testing.assert_array_equal(np.isnan(scale[:6]), np.isin(np.arange(6), [1, 2]))
+    assert scale[4] == 0
+    np.testing.assert_array_equal(scale[[0, 3, 5]], clean[[0, 3, 5]])
 
 
 @pytest.mark.parametrize("axis", covering.some([0, 1, 2], [1]))
