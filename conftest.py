@@ -21,10 +21,11 @@ gc.set_threshold(100_000, 20, 20)  # to import and to trace makes many objects t
 
 COMPILED = "BRELAX_JAX_COMPILED_TESTS"
 SLOWEST = (
-    "test_on_eight_devices", "test_exactness", "test_resume", "test_training_mesh",
-    "test_transformations", "test_exactness_loops", "test_examples", "test_accuracy",
-    "test_distributed", "test_bases", "test_sets", "test_tree_tools", "test_optimality",
-    "test_experiments", "test_fuzz", "test_wrappers",
+    "test_on_eight_devices", "test_exactness", "test_examples", "test_wrappers", "test_sets",
+    "test_language_model", "test_edges", "test_optimality", "test_resume", "test_distributed",
+    "test_together", "test_transformations", "test_carry", "test_bases", "test_scale_dtype",
+    "test_start", "test_batched_search", "test_exactness_loops", "test_nnx", "test_accuracy",
+    "test_networks", "test_codes", "test_experiments", "test_state", "test_tree_tools",
 )  # fmt: skip
 
 
