@@ -4,6 +4,9 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -11,16 +14,31 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import brelax_jax
-from tests.helpers import quick
+from tests.helpers import forked, quick
 
 quick.install()
+gc.set_threshold(100_000, 20, 20)  # to import and to trace makes many objects that stay
 
+COMPILED = "BRELAX_JAX_COMPILED_TESTS"
 SLOWEST = (
-    "test_on_eight_devices", "test_exactness", "test_resume", "test_training_mesh",
-    "test_transformations", "test_exactness_loops", "test_examples", "test_accuracy",
-    "test_distributed", "test_bases", "test_sets", "test_tree_tools", "test_optimality",
-    "test_experiments", "test_fuzz", "test_wrappers",
+    "test_on_eight_devices", "test_exactness", "test_examples", "test_wrappers", "test_sets",
+    "test_language_model", "test_edges", "test_optimality", "test_resume", "test_distributed",
+    "test_together", "test_transformations", "test_carry", "test_bases", "test_scale_dtype",
+    "test_start", "test_batched_search", "test_exactness_loops", "test_nnx", "test_accuracy",
+    "test_networks", "test_codes", "test_experiments", "test_state", "test_tree_tools",
 )  # fmt: skip
+
+
+def pytest_configure(config):
+    """A directory that keeps compiled programs, so that each is compiled once: in this process, its
+    workers, and those that get the variables of `compiled_programs`.
+    """
+    if COMPILED not in os.environ:
+        os.environ[COMPILED] = tempfile.mkdtemp()
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(COMPILED)))
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_collection_modifyitems(items):
@@ -44,19 +62,10 @@ def configured(**values):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """A directory that keeps compiled programs, so that each is compiled once, in this process and
-    in those that get these variables.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
+def compiled_programs():
+    """The variables with which another process compiles into the same directory."""
     gc.freeze()  # what was imported stays: a collection need not go through it
-    gc.set_threshold(100_000, 20, 20)  # to trace a program makes many objects that stay
-    with configured(**settings):
-        yield {name.upper(): str(value) for name, value in settings.items()}
+    return {name.upper(): str(jax.config.values[name]) for name in forked.SETTINGS}
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,7 @@ def compute_after(before: Array, function: Callable[..., T], *operands: Any) -> 
     """
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((before, operands))):
         return function(*operands)
+    function = jax.jit(function)  # traced once, though it occurs three times
 
     def after(before: Array, *operands: Any) -> T:
         def never(*operands: Any) -> T:

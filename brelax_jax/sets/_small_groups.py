@@ -8,9 +8,12 @@ fixed sequence of minima and maxima, and nothing is reduced along a short axis.
 import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from brelax_jax.sets._group import Group
+from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._search import FLOOR, TOLERANCE
 from brelax_jax.sets._sweep import has_rows
 from brelax_jax.sets._weights import Unit, Weights
@@ -26,9 +29,8 @@ def is_small(magnitudes: Sequence[float], weights: Weights) -> bool:
 
 def small_scales(magnitudes: Sequence[float], weights: Weights) -> Array:
     """As `searched_scale`."""
-
-    def scales(w: Array, kept: Array | None) -> Array:
-        return _scales(magnitudes, weights._replace(w=w, kept=kept))
+    _, group, _, *settings = weights
+    scales = functools.partial(_scales, tuple(magnitudes), group, *settings)
 
     def scales_first(w: Array, kept: Array | None) -> Array:
         """XLA on CPU would compute a scale anew for each weight that it is multiplied with, but
@@ -39,16 +41,26 @@ def small_scales(magnitudes: Sequence[float], weights: Weights) -> Array:
     return lax.platform_dependent(weights.w, weights.kept, cpu=scales_first, default=scales)
 
 
-def _scales(magnitudes: Sequence[float], weights: Weights) -> Array:
-    """argmin over s ≥ 0 of Σ min(|w|, ||w| − s·m|)² for each group, m the one magnitude but 0."""
-    w, group, kept, *_ = weights
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _scales(
+    magnitudes: Sequence[float],
+    group: Group,
+    tolerance: float,
+    allowed: Scales | None,
+    w: Array,
+    kept: Array | None,
+) -> Array:
+    """argmin over s ≥ 0 of Σ min(|w|, ||w| − s·m|)² for each group, m the one magnitude but 0.
+
+    Traced once for arrays of equal shapes.
+    """
     rows = [jnp.abs(w)]
     for axis in group.axes:
         rows = [part for row in rows for part in jnp.split(row, w.shape[axis], axis)]
     for i, j in sorting_network(len(rows)):
         rows[i], rows[j] = jnp.maximum(rows[i], rows[j]), jnp.minimum(rows[i], rows[j])
     peak = rows[0]
-    unit = Unit.of(peak, weights.allowed)
+    unit = Unit.of(peak, allowed)
     rows = list(map(unit.divided, rows))
 
     def nearest(scale: Array) -> Array:
@@ -59,7 +71,7 @@ def _scales(magnitudes: Sequence[float], weights: Weights) -> Array:
     if kept is not None:
         again, its_error = _refitted(rows, unit.divided(kept) * magnitudes[1], nearest)
         energy = _sum(list(map(jnp.square, rows)))
-        goal = (1 - max(weights.tolerance, TOLERANCE)) * its_error - FLOOR * energy
+        goal = (1 - max(tolerance, TOLERANCE)) * its_error - FLOOR * energy
         scale = jnp.where((kept > 0) & (error >= goal), again, scale)
     return unit.scales(scale / magnitudes[1], peak)
 

@@ -4,10 +4,11 @@ Their sums go from one entry to the next, so they are less precise than those of
 """
 
 import functools
+import os
 import threading
 
 import jax
-from jax._src import compiler
+from jax._src import compilation_cache, compiler, lru_cache
 from jax._src.interpreters import mlir
 
 OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -50,11 +51,21 @@ def jit(function, **kwargs):
 
 def install():
     """Makes `jax_disable_most_optimizations` mean `options`, for all programs; without it each is
-    optimized, in one part. And the programs of a thread share MLIR's context: to make one takes
-    longer than all else that is done to lower a small program.
+    optimized, in one part. The programs of a thread share MLIR's context: to make one takes longer
+    than all else that is done to lower a small program. And several processes may keep compiled
+    programs in one directory, as they are: to compress them takes longer than to write them.
     """
+    lru_cache.LRUCache.put = _put
+    compilation_cache.compress_executable = compilation_cache.decompress_executable = bytes
     mlir.make_ir_context = lambda: _context_of(threading.get_ident())
     compiler.get_compile_options = _get_compile_options
+
+
+def _put(cache, key, value):
+    """Others see the file only when it is whole."""
+    part = cache.path / f"{key}.{os.getpid()}"
+    part.write_bytes(value)
+    part.replace(cache.path / f"{key}{lru_cache._CACHE_SUFFIX}")
 
 
 @functools.cache
