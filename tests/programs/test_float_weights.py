@@ -1,24 +1,27 @@
 """What the examples' optimizer does with float weights besides to descend."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import brelax_jax as brx
 from examples.train.config import Config
 from examples.train.float_weights import average_from, average_of, hold_oscillating
 from examples.train.optimizer import learning_rate, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 RNG = np.random.default_rng(0)
 PARAMS = {"kernel": RNG.normal(size=(4, 3)).astype(np.float32), "bias": np.zeros(3, np.float32)}
 
 
 def test_the_average_is_that_of_the_last_params():
     optimizer, params = optax.chain(optax.sgd(0.1), average_from(3)), PARAMS
-    state, seen = optimizer.init(params), []
+    state, seen, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for _ in range(5):
         grads = {name: RNG.normal(size=p.shape).astype(np.float32) for name, p in params.items()}
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         seen.append(params)
         mean = np.mean([p["kernel"] for p in seen[3:] or seen[-1:]], axis=0)
@@ -29,9 +32,9 @@ def test_it_is_found_inside_the_wrapper():
     config = Config(epochs=2, average=1.0, weight_decay=0.0, momentum=0.0)
     optimizer = make_optimizer(config, 2)
     params = {"stem": {"kernel": jnp.array(PARAMS["kernel"])}, "head": {"kernel": jnp.ones((3, 2))}}
-    state, floats = optimizer.init(params), []
+    state, floats, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for _ in range(4):
-        updates, state = optimizer.update(optax.tree.ones_like(params), state, params)
+        updates, state = update(optax.tree.ones_like(params), state, params)
         params = optax.apply_updates(params, updates)
         floats.append(brx.float_params(state, params)["stem"]["kernel"])
     average = average_of(state)
@@ -43,10 +46,10 @@ def test_it_is_found_inside_the_wrapper():
 def test_weights_whose_codes_go_back_and_forth_are_held():
     params = {"kernel": jnp.array([0.01, 1.0, 2.0, -3.0]), "bias": jnp.zeros(1)}
     optimizer = hold_oscillating(brx.select(("kernel", brx.Binary())), 0.02, steps=40)
-    state, held = optimizer.init(params), []
+    state, held, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for step in range(40):
         moves = jnp.array([0.0, -2.0 if step % 2 == 0 else 2.0, 0.01, -0.01])
-        updates, state = optimizer.update({"kernel": moves, "bias": jnp.ones(1)}, state, params)
+        updates, state = update({"kernel": moves, "bias": jnp.ones(1)}, state, params)
         params = optax.apply_updates(params, updates)
         held.append(np.asarray((updates["kernel"] == 0) & (moves != 0)))
     held = np.array(held)

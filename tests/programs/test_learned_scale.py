@@ -12,6 +12,7 @@ from examples.train import steps
 from examples.train.config import Config
 from tests.helpers.tiny_grid import grid
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 SET = brx.ScaledLevels((-3, -1, 1, 3), rule=brx.MeanMagnitude(0.627, refit=False))
 Y = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
@@ -23,8 +24,8 @@ def test_the_gradient_is_that_of_a_straight_through_estimator():
 
     s = jnp.full((1, 1), 0.4)
     g = np.cos(Y)
-    wanted = jax.grad(lambda s: jnp.sum(g * dequantized(s)))(s) / np.sqrt(Y.size * 3)
-    found, inside = gradient(SET, jnp.array(g), jnp.array(Y), s)
+    wanted = jax.jit(jax.grad(lambda s: jnp.sum(g * dequantized(s))))(s) / np.sqrt(Y.size * 3)
+    found, inside = jax.jit(lambda *arrays: gradient(SET, *arrays))(g, Y, s)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     np.testing.assert_array_equal(inside, np.abs(Y / 0.4) <= 3)
     assert not inside.all()
@@ -36,10 +37,14 @@ def test_params_are_on_the_learned_scale():
     optimizer = learned_scales(inner, selection, lambda count: 0.1)
     params = {"kernel": jnp.array(Y)}
     state, scales = optimizer.init(params), []
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.tree.map(jnp.cos, params), state, params)
+        return optax.apply_updates(params, updates), state
+
     for _ in range(3):
-        grads = jax.tree.map(jnp.cos, params)
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state)
         scales.append(float(state.inner.scales["kernel"][0, 0]))
     assert len(set(scales)) == 3
     deployed = brx.quantized_params(state.inner, params)["kernel"]
