@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None, base: Config = BASE) -> int:
         if options.budget:
             print(budget(runs, results))
         elif options.study:
-            tag_ = "-".join([*of_results(options), "study"])
-            print(study(results, base, options.docs, tag_))
+            place = "-".join([*of_results(options), "study"])
+            print(study(results, base, options.docs, place))
         elif options.report and len(options.learning_rates) > 1:
             raise ValueError(
                 f"A report is of one learning rate, got {options.learning_rates}: give one."

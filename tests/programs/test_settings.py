@@ -108,7 +108,15 @@ def test_words_that_name_no_set(word, granularity, message):
 @pytest.mark.parametrize(
     "option",
     [
-        *("--validation=1", "--epochs=0", "--hard-from=99", "--lam-start=0", "--lr-drops=3"),
+        *(
+            "--validation=1",
+            "--epochs=0",
+            "--hard-from=99",
+            "--lam-start=0",
+            "--hold=1",
+            "--average=99",
+            "--lr-drops=3",
+        ),
         *("--metrics-every=-1", "--mesh=4"),
     ],
 )
