@@ -27,9 +27,12 @@ def can_be_joined(groups: int) -> bool:
 
 
 def are_local() -> bool:
-    """Whether arrays are on one device. Where XLA decides on the sharding that is not known."""
+    """Whether arrays are on one device, and their types say nothing else. Where XLA decides on the
+    sharding that is not known.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or set(mesh.manual_axes) == set(mesh.axis_names) != set()
+    is_mapped = set(mesh.manual_axes) == set(mesh.axis_names) != set()
+    return is_mapped or (jax.device_count() == 1 and not mesh.explicit_axes)
 
 
 class Layout(NamedTuple):

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 
+@jax.tree_util.register_static
 class Scales(NamedTuple):
     """The positive normal numbers of a floating dtype. All scales of a set are among them.
 

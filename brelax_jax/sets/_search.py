@@ -19,12 +19,16 @@ passed.
 
 This is the search of one array, one scale a round, which is fastest on CPU. For small groups
 `_sweep.py` takes its place, and on accelerators `_together.py`.
+
+What is computed of each group, and not of each weight, is jitted: it is traced once for all arrays
+with as many groups.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -64,32 +68,82 @@ class Goal(NamedTuple):
         return jnp.where(best[0] == self.kept[0], self.search_below(best), best[1])
 
 
+class Source(NamedTuple):
+    """The weights of one array, as a search sees them.
+
+    Attributes:
+      over: over(function, *numbers) is function(a, group, *numbers), from a pass over the
+        magnitudes a of the weights, in units. Numbers are one a group.
+      peak: the largest magnitude in each group.
+      unit: a power of two near it.
+      kept: scales to keep where they are nearly the best, 0 where there is none; or None.
+      tolerance: how far the error of a scale that is kept may be above the least one, relative.
+    """
+
+    over: Callable[..., Any]
+    peak: Array
+    unit: Unit
+    kept: Array | None
+    tolerance: float
+
+    @staticmethod
+    def of(weights: Weights, before: Array | None = None) -> "Source":
+        """A source for one array.
+
+        Args:
+          weights: the array.
+          before: a scalar, never negative, that is to be known before the search begins. XLA on
+            CPU runs independent ones side by side. That takes more memory, and so more time.
+        """
+        peak, unit, a = in_units(weights, before)
+        over = partial(_over, a, weights.group)
+        return Source(over, peak, unit, weights.kept, weights.tolerance)
+
+
+def in_units(weights: Weights, before: Array | None = None) -> tuple[Array, Unit, Array]:
+    """The largest magnitude in each group, a power of two near it, and magnitudes in this unit."""
+    peak = weights.group.max(jnp.abs(weights.w))
+    if before is not None:
+        peak = jnp.where(before < 0, 0, peak)
+    unit = Unit.of(peak, weights.allowed)
+    return peak, unit, unit.divided(jnp.abs(weights.w))
+
+
+def _over(a: Array, group: Group, function: Callable[..., Any], *numbers: Array) -> Any:
+    return function(a, group, *numbers)
+
+
 class Problem(NamedTuple):
     """What the search of one array is given.
 
     Attributes:
-      a: magnitudes of weights, less than 2.
-      peak: the largest of each group.
       magnitudes: those of the levels, ascending.
-      group: which entries of `a` form a group.
-      unit: what the weights were divided by.
+      source: the weights.
       goal: what is wanted.
     """
 
-    a: Array
-    peak: Array
-    magnitudes: Sequence[float]
-    group: Group
-    unit: Unit
+    magnitudes: tuple[float, ...]
+    source: Source
     goal: Goal
+
+    @property
+    def unit(self) -> Unit:
+        """See `Source`."""
+        return self.source.unit
 
     def known(self, scale: Array) -> Known:
         """A scale with its error, from one pass over the weights."""
-        return jnp.stack([scale, error(self.a, scale, self.magnitudes, self.group)])
+        found = self.source.over(lambda a, group, s: error(a, s, self.magnitudes, group), scale)
+        return jnp.stack([scale, found])
 
     def refitted(self, scale: Array) -> Array:
         """The least-squares scale for the codes that are nearest at `scale`."""
-        return refitted(scale, *map(self.group.sum, gains(self.a, scale, self.magnitudes)))
+
+        def sums(a: Array, group: Group, s: Array) -> tuple[Array, Array]:
+            gain, norm = gains(a, s, self.magnitudes)
+            return group.sum(gain), group.sum(norm)
+
+        return refitted(scale, *self.source.over(sums, scale))
 
 
 class Search(NamedTuple):
@@ -110,83 +164,88 @@ class Search(NamedTuple):
     rounds: Array
 
 
-def problem_of(magnitudes: Sequence[float], weights: Weights, peak: Array) -> Problem:
-    """The problem for weights with this largest magnitude in each group."""
-    if weights.allowed is None:
-        unit = Unit(jnp.where(peak > 0, peak, 1), None)
-    else:
-        unit = Unit.of(peak, weights.allowed)
-    a = unit.divided(jnp.abs(weights.w))
-    energy = weights.group.sum(jnp.square(a))
+def problem_of(magnitudes: Sequence[float], source: Source) -> Problem:
+    """The problem for weights."""
+    energy = source.over(lambda a, group: group.sum(jnp.square(a)))
     none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
     least = jnp.full_like(energy, TOLERANCE)
-    goal = Goal(energy, none, least)
-    problem = Problem(a, unit.divided(peak), magnitudes, weights.group, unit, goal)
-    if weights.kept is None:
+    problem = Problem(tuple(magnitudes), source, Goal(energy, none, least))
+    if source.kept is None:
         return problem
-    is_known = weights.kept > 0  # not in the first step
-    kept = unit.nearest(problem.refitted(unit.divided(weights.kept)))
-    tolerance = jnp.maximum(least, jnp.where(is_known, weights.tolerance, 0))
-    goal = Goal(energy, problem.known(jnp.where(is_known, kept, jnp.nan)), tolerance)
-    return problem._replace(goal=goal)
+    is_known = source.kept > 0  # not in the first step
+    kept = source.unit.nearest(problem.refitted(source.unit.divided(source.kept)))
+    tolerance = jnp.maximum(least, jnp.where(is_known, source.tolerance, 0))
+    known = problem.known(jnp.where(is_known, kept, jnp.nan))
+    return problem._replace(goal=Goal(energy, known, tolerance))
 
 
 def branch_and_bound(problem: Problem) -> Search:
     """The search at its end."""
-    start = _advance(problem, _start(problem))
+    start = _start(problem.goal, problem.unit, *first_nodes(problem))
     return lax.while_loop(_is_uncertain, partial(_split, problem), start)
 
 
 def searched_scale(
     magnitudes: Sequence[float],
-    weights: Weights,
+    source: Source,
     search: Callable[[Problem], Any] = branch_and_bound,
 ) -> Array:
     """argmin over the allowed s ≥ 0 of Σ min_l (|w| − s·m_l)², for each group.
 
     Args:
       magnitudes: those of the levels, ascending.
-      weights: the weights.
+      source: the weights.
       search: gives an object whose `best` is the best scale, with its error.
 
     Returns:
-      Scales of w's dtype that broadcast against it: 0 for groups of zeros, NaN for groups that hold
-      one or an infinity.
+      Scales of w's dtype, one a group: 0 for groups of zeros, NaN for groups that hold one or an
+      infinity.
     """
-    peak = weights.group.max(jnp.abs(weights.w))
-    problem = problem_of(magnitudes, weights, peak)
+    problem = problem_of(magnitudes, source)
     best = search(problem).best[0]
-    if weights.allowed is None:
+    if source.unit.allowed is None:
         best = problem.refitted(best)
-    return problem.unit.scales(best, peak)
+    return source.unit.scales(best, source.peak)
 
 
 def first_nodes(problem: Problem) -> tuple[Known, Known]:
     """The least scale, the largest and some between, along a first axis; and the best of them, or
     the scale to keep.
     """
-    a, unit = problem.a, problem.unit
-    low, high = bounds(problem.magnitudes, problem.group.mean(a), problem.peak, unit)
+    mean = problem.source.over(lambda a, group: group.mean(a))
+    peak = problem.unit.divided(problem.source.peak)
+    scales = _first_scales(problem.magnitudes, mean, peak, problem.unit)
+    nodes = lax.map(problem.known, scales)
+    return nodes, _best_of(nodes, problem.goal)
+
+
+@partial(jax.jit, static_argnums=0)
+def _first_scales(magnitudes: Sequence[float], mean: Array, peak: Array, unit: Unit) -> Array:
     fractions = np.linspace(0, 1, INTERVALS + 1)
-    step = jnp.asarray(fractions, a.dtype).reshape(-1, *[1] * a.ndim)
-    nodes = lax.map(problem.known, between(low, high, step, unit))
+    step = jnp.asarray(fractions, mean.dtype).reshape(-1, *[1] * mean.ndim)
+    return between(*bounds(magnitudes, mean, peak, unit), step, unit)
+
+
+@jax.jit
+def _best_of(nodes: Known, goal: Goal) -> Known:
     least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
     best = jnp.take_along_axis(nodes, least, axis=0)[0]
-    far = best[1] >= problem.goal.search_below(problem.goal.kept)
-    return nodes, jnp.where(far, problem.goal.kept, best)
+    far = best[1] >= goal.search_below(goal.kept)
+    return jnp.where(far, goal.kept, best)
 
 
-def _start(problem: Problem) -> Search:
-    """The first intervals, and the best of their ends or the scale to keep."""
-    nodes, best = first_nodes(problem)
+@jax.jit
+def _start(goal: Goal, unit: Unit, nodes: Known, best: Known) -> Search:
+    """Past the first of the intervals between nodes, where it holds nothing better."""
     end = nodes[-1:]
-    return Search(
+    start = Search(
         below=nodes[0],
         ahead=jnp.concatenate([nodes[1:], *[end] * (STACK - INTERVALS)]),
         end=end,
         best=best,
         rounds=jnp.zeros((), jnp.int32),
     )
+    return _advance(goal, unit, start)
 
 
 def bounds(
@@ -215,25 +274,34 @@ def _is_uncertain(search: Search) -> Array:
 
 def _split(problem: Problem, search: Search) -> Search:
     """After evaluating a scale inside the first interval of each group."""
-    head, unit = search.ahead[0], problem.unit
-    scale = unit.at_most(interval(search.below, head, problem.goal.energy)[1])
-    if unit.allowed is not None:
-        scale = jnp.clip(scale, unit.after(search.below[0]), head[0])
-    middle = problem.known(scale)
-    better = middle[1] < problem.goal.replace_below(search.best)
+    goal, unit = problem.goal, problem.unit
+    return _after(goal, unit, search, problem.known(_next_scale(goal, unit, search)))
+
+
+@jax.jit
+def _next_scale(goal: Goal, unit: Unit, search: Search) -> Array:
+    scale = unit.at_most(interval(search.below, search.ahead[0], goal.energy)[1])
+    if unit.allowed is None:
+        return scale
+    return jnp.clip(scale, unit.after(search.below[0]), search.ahead[0, 0])
+
+
+@jax.jit
+def _after(goal: Goal, unit: Unit, search: Search, middle: Known) -> Search:
+    better = middle[1] < goal.replace_below(search.best)
     search = search._replace(
         ahead=jnp.concatenate([middle[None], search.ahead[:-1]]),
         best=jnp.where(better, middle, search.best),
         rounds=search.rounds + 1,
     )
     # A loop, so that the program holds it once: it compiles in two thirds of the time.
-    return lax.fori_loop(0, ADVANCES, lambda _, search: _advance(problem, search), search)
+    return lax.fori_loop(0, ADVANCES, lambda _, search: _advance(goal, unit, search), search)
 
 
-def _advance(problem: Problem, search: Search) -> Search:
+def _advance(goal: Goal, unit: Unit, search: Search) -> Search:
     """Past the first interval, in the groups where it holds nothing better."""
     head = search.ahead[0]
-    passed = ~is_open(search.below, head, search.best, problem.goal, problem.unit)
+    passed = ~is_open(search.below, head, search.best, goal, unit)
     rest = jnp.concatenate([search.ahead[1:], search.end])
     return search._replace(
         below=jnp.where(passed, head, search.below), ahead=jnp.where(passed, rest, search.ahead)
@@ -246,6 +314,7 @@ def is_open(left: Known, right: Known, best: Known, goal: Goal, unit: Unit) -> A
     return is_wide & (interval(left, right, goal.energy)[0] < goal.search_below(best))
 
 
+@jax.jit
 def interval(left: Known, right: Known, energy: Array) -> tuple[Array, Array]:
     """A lower bound of E between two scales, and the scale at which to split their interval.
 

@@ -21,6 +21,7 @@ from brelax_jax.sets._search import (
     ROUNDS,
     Known,
     Problem,
+    Source,
     first_nodes,
     interval,
     is_open,
@@ -82,7 +83,9 @@ def has_rows(weights: Weights, most: int = MOST_ROWS) -> bool:
     )
 
 
-def swept_scale(magnitudes: Sequence[float], weights: Weights) -> Array:
+def swept_scale(
+    magnitudes: Sequence[float], weights: Weights, before: Array | None = None
+) -> Array:
     """As `searched_scale`."""
     w, group, kept, *_ = weights
     first = tuple(range(len(group.axes)))
@@ -93,7 +96,7 @@ def swept_scale(magnitudes: Sequence[float], weights: Weights) -> Array:
         return x.reshape(*x.shape[: len(first)], -1) if are_local() else x
 
     w, kept = jax.tree.map(in_rows, (w, kept))
-    rows = weights._replace(w=w, kept=kept, group=Rows(first))
+    rows = Source.of(weights._replace(w=w, kept=kept, group=Rows(first)), before)
     shape = [1 if axis in group.axes else size for axis, size in enumerate(weights.w.shape)]
     return searched_scale(magnitudes, rows, sweep).reshape(shape)
 

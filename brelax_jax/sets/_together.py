@@ -3,7 +3,7 @@
 There a kernel's launch and the end of a loop cost more than most reductions. So each round
 evaluates E at several scales of all groups of all arrays, and whatever is not a reduction over
 weights is one small operation for all groups. On CPU arithmetic counts: there it is one array after
-the other, and one scale a round (`_search.py`). The bound and the certificate are the same.
+the other, and one scale a round (`_in_turn.py`). The bound and the certificate are the same.
 
 Of each group the loop keeps a list of the open intervals, ascending: those in which the bound does
 not exclude a better scale than the best one known. Each round evaluates E at some scales inside
@@ -12,7 +12,6 @@ is forgotten, which costs evaluations later.
 """
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from brelax_jax._tree import fold_leaves
 from brelax_jax.sets._group import Group
+from brelax_jax.sets._in_turn import Operands, in_turn
 from brelax_jax.sets._joined import MOST_GROUPS, Layout, can_be_joined
-from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._search import (
     ROUNDS,
     TOLERANCE,
@@ -34,10 +32,8 @@ from brelax_jax.sets._search import (
     bounds,
     interval,
     is_open,
-    searched_scale,
 )
 from brelax_jax.sets._small_groups import is_small, small_scales
-from brelax_jax.sets._sweep import has_rows, swept_scale
 from brelax_jax.sets._weights import Unit, Weights, errors, gains, refitted
 
 LEAST_ENTRIES = 1024  # of a group of such an array, for several scales a round
@@ -79,7 +75,7 @@ def searched_scales(
     for members in loops.values():
         own = [arrays[i] for i in members]
         operands = [(each.w, each.kept) for each in own]
-        searches = partial(_in_turn, tuple(magnitudes), own), partial(_at_once, magnitudes, own)
+        searches = partial(in_turn, magnitudes, own), partial(_at_once, magnitudes, own)
         if forced is not None:
             found = searches[forced](operands)
         else:
@@ -99,48 +95,15 @@ def _loop_of(weights: Weights) -> Hashable:
 
 
 def _shape(weights: Weights) -> Shape:
-    groups, entries = _numbers(weights)
-    return FEW if groups > MOST_GROUPS and entries < LEAST_ENTRIES else MANY
-
-
-def _numbers(weights: Weights) -> tuple[int, int]:
-    """How many groups an array has here, and how many entries each."""
-    entries = math.prod(weights.w.shape[axis] for axis in weights.group.axes)
-    return weights.w.size // entries, entries
-
-
-Operands = Sequence[tuple[Array, Array | None]]  # weights, and the scales to keep
-
-
-def _in_turn(
-    magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
-) -> list[Array]:
-    def search(name: str, operand: tuple[Array, Array | None]) -> Array:
-        _, group, _, *settings = arrays[int(name)]
-        return _searched(magnitudes, group, *settings, *operand)
-
-    return [*fold_leaves(search, {str(i): each for i, each in enumerate(operands)}).values()]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _searched(
-    magnitudes: Sequence[float],
-    group: Group,
-    tolerance: float,
-    allowed: Scales | None,
-    w: Array,
-    kept: Array | None,
-) -> Array:
-    """`searched_scale`, traced once for arrays of equal shapes."""
-    weights = Weights(w, group, kept, tolerance, allowed)
-    return (swept_scale if has_rows(weights) else searched_scale)(magnitudes, weights)
+    few = weights.groups > MOST_GROUPS and weights.entries < LEAST_ENTRIES
+    return FEW if few else MANY
 
 
 def _at_once(
     magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
 ) -> list[Array]:
     arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
-    joined = [i for i, x in enumerate(arrays) if can_be_joined(_numbers(x)[0])]
+    joined = [i for i, x in enumerate(arrays) if can_be_joined(x.groups)]
     members = [joined] if joined else []
     members += [[i] for i in range(len(arrays)) if i not in joined]
     parts = [Part.of(magnitudes, [arrays[i] for i in each]) for each in members]

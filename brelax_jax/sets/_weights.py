@@ -1,5 +1,6 @@
 """Weights whose scale is searched for, and the reductions over them that a search needs."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index, shift_of
+from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index
 from brelax_jax.sets._scale_dtype import Scales, leading_bit
 
 ROUNDED = 3  # beyond so many consecutive magnitudes, multiplying by one reciprocal is faster
@@ -31,18 +32,28 @@ class Weights(NamedTuple):
     tolerance: float = 0.0
     allowed: Scales | None = None
 
+    @property
+    def entries(self) -> int:
+        """How many a group has here."""
+        return math.prod(self.w.shape[axis] for axis in self.group.axes)
+
+    @property
+    def groups(self) -> int:
+        """How many there are here."""
+        return self.w.size // self.entries
+
 
 class Unit(NamedTuple):
     """What the weights of each group are divided by.
 
     Attributes:
-      unit: a power of two near the largest magnitude, so that dividing is exact; or that magnitude.
-      inverse: one over it; None where it is no power of two.
+      unit: a power of two near the largest magnitude, so that dividing is exact.
+      inverse: one over it.
       allowed: the scales that there are; None for all.
     """
 
     unit: Array
-    inverse: Array | None
+    inverse: Array
     allowed: Scales | None = None
 
     @staticmethod
@@ -54,10 +65,7 @@ class Unit(NamedTuple):
 
     def divided(self, x: Array) -> Array:
         """x in units."""
-        if self.inverse is not None:
-            return x * self.inverse
-        shift = shift_of(self.unit)
-        return (x * shift) / (self.unit * shift)
+        return x * self.inverse
 
     def at_most(self, scale: Array) -> Array:
         """The largest scale that there is up to this one, in units."""

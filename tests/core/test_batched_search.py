@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from brelax_jax.sets import Group, _joined
+from brelax_jax.sets import Group, _in_turn, _joined
 from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._rules import mean_at_once
 from brelax_jax.sets._together import MANY
@@ -15,8 +17,6 @@ from tests.helpers import covering, oracles, searching
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 every_kind = pytest.mark.parametrize("kind", searching.KINDS)
-# The other kind has tests like these of its own, in test_sets and test_tolerance.
-one_kind = pytest.mark.parametrize("kind", covering.some(searching.KINDS, ["together"]))
 LEAVES = [(7, 3, 20), (300,), (64, 5), (1, 1), (11, 13)]
 ROWS = Group((1,))
 
@@ -41,6 +41,7 @@ def assert_optimal(qset, w, scale, tolerance=1e-6):
         assert error <= least * (1 + tolerance) + 1e-12 * np.sum((row / unit) ** 2)
 
 
+@every_kind
 @pytest.mark.parametrize(
     "qset",
     [
@@ -51,9 +52,9 @@ def assert_optimal(qset, w, scale, tolerance=1e-6):
     ],
     ids=repr,
 )
-def test_every_group_of_every_array_gets_the_best_scale(qset):
+def test_every_group_of_every_array_gets_the_best_scale(qset, kind):
     leaves = drawn()
-    with searching.forced(True):
+    with searching.forced(searching.KINDS[kind]):
         fits = fit_all([qset] * len(leaves), leaves, [None] * len(leaves))
     for w, fit in zip(leaves, fits, strict=True):
         assert_optimal(qset, w, fit.scale)
@@ -78,7 +79,7 @@ def test_arrays_of_other_sets_and_dtypes_share_a_program(kind):
     assert fits[6].scale.tolist() == [[0]]
 
 
-@one_kind
+@every_kind
 def test_arrays_without_an_answer_do_not_disturb_the_others(kind):
     clean, spoilt = drawn(), drawn()
     spoilt[0][0, 0, 0], spoilt[3][:] = np.nan, 0
@@ -96,7 +97,8 @@ def test_arrays_without_an_answer_do_not_disturb_the_others(kind):
         assert scales[i] == wanted[i].scale.item()
 
 
-@one_kind
+# In turn: below, and in test_tolerance.
+@pytest.mark.parametrize("kind", covering.some(searching.KINDS, ["together"]))
 def test_a_kept_scale_stays_within_its_tolerance(kind):
     qset = brx.Ternary(rule=brx.LeastSquares(0.01))
     rng, leaves = np.random.default_rng(0), drawn()
@@ -107,6 +109,34 @@ def test_a_kept_scale_stays_within_its_tolerance(kind):
             fits = fit_all([qset] * len(leaves), leaves, fits)
             for w, fit in zip(leaves, fits, strict=True):
                 assert_optimal(qset, w, fit.scale, 0.01 + 2e-6)
+
+
+def test_arrays_that_share_a_loop_get_the_scales_that_they_get_alone(monkeypatch):
+    """On CPU. Here two share it, and one is left over."""
+    monkeypatch.setattr(_in_turn, "MOST_ARRAYS", 2)
+    rule = brx.LeastSquares(0.01)
+    qset = brx.Uniform(3, granularity=brx.PerChannel(), rule=rule, scale_dtype="float16")
+    rng = np.random.default_rng(0)
+    leaves = [rng.standard_t(3, shape).astype("f4") for shape in [(9, 40), (3, 3, 40), (500, 40)]]
+    fits = fit_all([qset] * 3, leaves)
+    moved = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
+    fits = fit_all([qset] * 3, moved, fits)
+    for w, now, found in zip(leaves, moved, fits, strict=True):
+        alone = qset.fit(now, qset.fit(w))
+        np.testing.assert_array_equal(found.scale, alone.scale)
+
+
+def test_the_explicit_mode_on_one_device():
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(None, "model"))
+        leaves = [jax.device_put(np.sin(np.arange(32.0)).reshape(8, 4), sharding)] * 2
+        for qset in (
+            brx.Ternary(granularity=brx.PerChannel()),
+            brx.Uniform(3, granularity=brx.PerBlock(4, 0)),
+        ):
+            for fit in fit_all([qset] * 2, leaves):
+                assert jax.typeof(fit.scale).sharding.spec[-1] == "model"
 
 
 def test_forgotten_intervals_are_searched_again():

@@ -33,7 +33,8 @@ tiny_groups = hnp.arrays(np.float32, (8, 5), elements=floats | st.sampled_from([
 def search(w, many):
     """The scale of every row for each of some level sets: searches share what is compiled."""
     magnitudes = [tuple(float(level) for level in levels if level >= 0) for levels in many]
-    return [_search.searched_scale(each, Weights(w, ROWS)) for each in magnitudes]
+    source = _search.Source.of(Weights(w, ROWS))
+    return [_search.searched_scale(each, source) for each in magnitudes]
 
 
 # The references agree with one another

@@ -2,8 +2,6 @@
 
 import contextlib
 
-import jax.numpy as jnp
-
 from brelax_jax.sets import _fit, _search, _together
 from brelax_jax.sets._weights import Weights
 
@@ -12,9 +10,8 @@ KINDS = {"in turn": False, "together": True}
 
 def in_turn(a, magnitudes, group) -> _search.Search:
     """The search for the scales of one array, one scale a round, at its end."""
-    peak = group.max(jnp.abs(a))
-    problem = _search.problem_of(tuple(map(float, magnitudes)), Weights(a, group), peak)
-    return _search.branch_and_bound(problem)
+    source = _search.Source.of(Weights(a, group))
+    return _search.branch_and_bound(_search.problem_of(tuple(map(float, magnitudes)), source))
 
 
 def together(a, magnitudes, group, shape=_together.MANY) -> _together.Search:

@@ -1,0 +1,113 @@
+"""The least-squares scales of many arrays on CPU: one after the other, one scale a round.
+
+XLA compiles a search for as long as some ten steps of training take. So arrays with as many groups
+share one: it is a loop over them, and each pass over weights is a choice among the arrays. Whatever
+is not such a pass is in the program once.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from brelax_jax.sets._group import Group
+from brelax_jax.sets._joined import are_local
+from brelax_jax.sets._scale_dtype import Scales
+from brelax_jax.sets._search import Source, in_units, searched_scale
+from brelax_jax.sets._sweep import has_rows, swept_scale
+from brelax_jax.sets._weights import Unit, Weights
+
+MOST_ARRAYS = 16  # of one loop: each choice has as many branches, and each branch gets all arrays
+
+Operands: TypeAlias = Sequence[tuple[Array, Array | None]]  # weights, and the scales to keep
+
+
+def in_turn(
+    magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
+) -> list[Array]:
+    """As `searched_scale`, for each of some arrays.
+
+    Args:
+      magnitudes: those of the levels, ascending.
+      arrays: the weights, of one dtype and with the same allowed scales.
+      operands: what is to be taken in place of their `w` and `kept`.
+    """
+    magnitudes = tuple(magnitudes)
+    arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
+    programs: dict[Hashable, list[int]] = {}
+    for i, each in enumerate(arrays):
+        # XLA would move one of those that are sharded differently.
+        alone = has_rows(each) or not are_local()
+        kind = each.groups, each.tolerance, i if alone else None
+        programs.setdefault(kind, []).append(i)
+    scales: dict[int, Array] = {}
+    last = jnp.zeros(())
+    for all_members in programs.values():
+        for start in range(0, len(all_members), MOST_ARRAYS):
+            members = all_members[start : start + MOST_ARRAYS]
+            found = _searched(magnitudes, [arrays[i] for i in members], last)
+            scales |= zip(members, found, strict=True)
+            last = jnp.max(found[-1])
+    return [scales[i] for i in range(len(arrays))]
+
+
+def _searched(magnitudes: Sequence[float], arrays: Sequence[Weights], before: Array) -> list[Array]:
+    """The scales of arrays with as many groups."""
+    if len(arrays) > 1:
+        return _by_one_program(magnitudes, arrays, before)
+    _, group, _, *settings = arrays[0]
+    return [_searched_alone(magnitudes, group, *settings, before, arrays[0].w, arrays[0].kept)]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _searched_alone(
+    magnitudes: Sequence[float],
+    group: Group,
+    tolerance: float,
+    allowed: Scales | None,
+    before: Array,
+    w: Array,
+    kept: Array | None,
+) -> Array:
+    """Traced once for arrays of equal shapes."""
+    weights = Weights(w, group, kept, tolerance, allowed)
+    if has_rows(weights):
+        return swept_scale(magnitudes, weights, before)
+    return searched_scale(magnitudes, Source.of(weights, before))
+
+
+def _by_one_program(
+    magnitudes: Sequence[float], arrays: Sequence[Weights], before: Array
+) -> list[Array]:
+    """A loop over the arrays: whatever is not a pass over weights is in the program once."""
+    in_turn = [in_units(each, before) for each in arrays]
+    passes = [_flat_numbers(a, x.group) for x, (*_, a) in zip(arrays, in_turn, strict=True)]
+
+    def search(turn: tuple[Array, Array, Array | None]) -> Array:
+        i, peak, kept = turn
+
+        def over(function: Callable[..., Any], *numbers: Array) -> Any:
+            return lax.switch(i, [partial(each, function) for each in passes], *numbers)
+
+        unit = Unit.of(peak, arrays[0].allowed)
+        return searched_scale(magnitudes, Source(over, peak, unit, kept, arrays[0].tolerance))
+
+    turns = jnp.arange(len(arrays))
+    peaks = jnp.stack([peak.reshape(-1) for peak, *_ in in_turn])
+    kept = [each.kept.reshape(-1) for each in arrays if each.kept is not None]
+    found = lax.map(search, (turns, peaks, jnp.stack(kept) if kept else None))
+    return [x.reshape(peak.shape) for x, (peak, *_) in zip(found, in_turn, strict=True)]
+
+
+def _flat_numbers(a: Array, group: Group) -> Callable[..., Any]:
+    """A pass over `a` whose numbers are vectors."""
+    view = [1 if axis in group.axes else size for axis, size in enumerate(a.shape)]
+
+    def over(function: Callable[..., Any], *numbers: Array) -> Any:
+        found = function(a, group, *(x.reshape(view) for x in numbers))
+        return jax.tree.map(jnp.ravel, found)
+
+    return over
