@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 
 import brelax_jax
@@ -19,6 +20,7 @@ from tests.helpers import forked, quick
 quick.install()
 gc.set_threshold(100_000, 20, 20)  # to import and to trace makes many objects that stay
 
+EVERY_PLATFORM = {"contract", "devices", "test_batched_search", "test_export"}
 COMPILED = "BRELAX_JAX_COMPILED_TESTS"
 SLOWEST = (
     "test_on_eight_devices", "test_exactness", "test_examples", "test_wrappers", "test_sets",
@@ -72,12 +74,15 @@ def compiled_programs():
 def quickly_compiled(compiled_programs, request):
     """As `compiled_programs`, but programs are compiled with few optimizations: for runs so short
     that optimizing takes longer than it saves, and whose numbers are compared to a tolerance. The
-    longer ones of `make soak` are optimized.
+    longer ones of `make soak` are optimized. And but for the tests in `EVERY_PLATFORM`, what would
+    run on accelerators is not traced.
     """
     if request.config.option.markexpr == "soak":
         yield compiled_programs
         return
-    with configured(jax_disable_most_optimizations=True):
+    with configured(jax_disable_most_optimizations=True), pytest.MonkeyPatch.context() as patch:
+        if not EVERY_PLATFORM & {request.path.parent.name, request.path.stem}:
+            patch.setattr(lax, "platform_dependent", quick.on_cpu)
         yield compiled_programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
     jax.clear_caches()  # they do not tell the two kinds apart
 

@@ -49,6 +49,11 @@ def jit(function, **kwargs):
     return lambda *args: jitted()(*args)
 
 
+def on_cpu(*args, cpu, default):
+    """In the place of `lax.platform_dependent`."""
+    return cpu(*args)
+
+
 def install():
     """Makes `jax_disable_most_optimizations` mean `options`, for all programs; without it each is
     optimized, in one part. The programs of a thread share MLIR's context: to make one takes longer
