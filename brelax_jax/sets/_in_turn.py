@@ -20,7 +20,8 @@ from brelax_jax.sets._search import Source, in_units, searched_scale
 from brelax_jax.sets._sweep import has_rows, swept_scale
 from brelax_jax.sets._weights import Unit, Weights
 
-MOST_ARRAYS = 16  # of one loop: each choice has as many branches, and each branch gets all arrays
+MOST_ARRAYS = 32  # of one loop: each choice has as many branches, and each branch gets all arrays
+MOST_WEIGHTS = 2**23  # of one loop of several arrays: all are kept in units
 
 Operands: TypeAlias = Sequence[tuple[Array, Array | None]]  # weights, and the scales to keep
 
@@ -37,21 +38,27 @@ def in_turn(
     """
     magnitudes = tuple(magnitudes)
     arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
-    programs: dict[Hashable, list[int]] = {}
+    scales: dict[int, Array] = {}
+    last = jnp.zeros(())
+    for members in _loops(arrays):
+        found = _searched(magnitudes, [arrays[i] for i in members], last)
+        scales |= zip(members, found, strict=True)
+        last = jnp.max(found[-1])
+    return [scales[i] for i in range(len(arrays))]
+
+
+def _loops(arrays: Sequence[Weights]) -> list[list[int]]:
+    """The places of the arrays that share a loop, for each loop."""
+    loops: dict[Hashable, list[list[int]]] = {}
     for i, each in enumerate(arrays):
         # XLA would move one of those that are sharded differently.
         alone = has_rows(each) or not are_local()
-        kind = each.groups, each.tolerance, i if alone else None
-        programs.setdefault(kind, []).append(i)
-    scales: dict[int, Array] = {}
-    last = jnp.zeros(())
-    for all_members in programs.values():
-        for start in range(0, len(all_members), MOST_ARRAYS):
-            members = all_members[start : start + MOST_ARRAYS]
-            found = _searched(magnitudes, [arrays[i] for i in members], last)
-            scales |= zip(members, found, strict=True)
-            last = jnp.max(found[-1])
-    return [scales[i] for i in range(len(arrays))]
+        alike = loops.setdefault((each.groups, each.tolerance, i if alone else None), [[]])
+        weights = each.w.size + sum(arrays[k].w.size for k in alike[-1])
+        if alike[-1] and (len(alike[-1]) == MOST_ARRAYS or weights > MOST_WEIGHTS):
+            alike.append([])
+        alike[-1].append(i)
+    return [members for alike in loops.values() for members in alike]
 
 
 def _searched(magnitudes: Sequence[float], arrays: Sequence[Weights], before: Array) -> list[Array]:

@@ -119,11 +119,13 @@ class Problem(NamedTuple):
     Attributes:
       magnitudes: those of the levels, ascending.
       source: the weights.
+      mean: the mean magnitude of each group, in units.
       goal: what is wanted.
     """
 
     magnitudes: tuple[float, ...]
     source: Source
+    mean: Array
     goal: Goal
 
     @property
@@ -166,10 +168,10 @@ class Search(NamedTuple):
 
 def problem_of(magnitudes: Sequence[float], source: Source) -> Problem:
     """The problem for weights."""
-    energy = source.over(lambda a, group: group.sum(jnp.square(a)))
+    energy, mean = source.over(lambda a, group: (group.sum(jnp.square(a)), group.mean(a)))
     none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
     least = jnp.full_like(energy, TOLERANCE)
-    problem = Problem(tuple(magnitudes), source, Goal(energy, none, least))
+    problem = Problem(tuple(magnitudes), source, mean, Goal(energy, none, least))
     if source.kept is None:
         return problem
     is_known = source.kept > 0  # not in the first step
@@ -212,9 +214,8 @@ def first_nodes(problem: Problem) -> tuple[Known, Known]:
     """The least scale, the largest and some between, along a first axis; and the best of them, or
     the scale to keep.
     """
-    mean = problem.source.over(lambda a, group: group.mean(a))
     peak = problem.unit.divided(problem.source.peak)
-    scales = _first_scales(problem.magnitudes, mean, peak, problem.unit)
+    scales = _first_scales(problem.magnitudes, problem.mean, peak, problem.unit)
     nodes = lax.map(problem.known, scales)
     return nodes, _best_of(nodes, problem.goal)
 

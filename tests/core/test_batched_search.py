@@ -12,6 +12,7 @@ from brelax_jax.sets import Group, _in_turn, _joined
 from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._rules import mean_at_once
 from brelax_jax.sets._together import MANY
+from brelax_jax.sets._weights import Weights
 from tests.helpers import covering, oracles, searching
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -125,6 +126,13 @@ def test_arrays_that_share_a_loop_get_the_scales_that_they_get_alone(monkeypatch
     for w, now, found in zip(leaves, moved, fits, strict=True):
         alone = qset.fit(now, qset.fit(w))
         np.testing.assert_array_equal(found.scale, alone.scale)
+
+
+def test_a_loop_on_cpu_holds_few_arrays_and_few_weights(monkeypatch):
+    monkeypatch.setattr(_in_turn, "MOST_ARRAYS", 2)
+    monkeypatch.setattr(_in_turn, "MOST_WEIGHTS", 100)
+    arrays = [Weights(jnp.zeros(size), Group((0,))) for size in (30, 30, 30, 60, 80, 200)]
+    assert _in_turn._loops(arrays) == [[0, 1], [2, 3], [4], [5]]
 
 
 def test_the_explicit_mode_on_one_device():
