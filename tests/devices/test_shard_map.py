@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
 from brelax_jax.sets import Group
+from brelax_jax.sets._fit import fit_all
 from tests.helpers import covering, meshes, quick, searching
 
 SHAPE = (16, 8, 16)
@@ -152,6 +153,16 @@ if jax.device_count() >= meshes.DEVICES:
         np.testing.assert_allclose(codes * scale, wanted * wanted_scale, rtol=1e-6)
         np.testing.assert_allclose(scale[:, 4:], wanted_scale[:, 4:], rtol=1e-6)
         np.testing.assert_array_equal(codes[:, 4:], wanted[:, 4:])
+
+    def test_weights_whose_scales_are_searched_for_by_one_loop(mesh):
+        qset, ws = brx.Ternary(granularity=brx.PerTensor("model")), [weights()[0], weights()[:, 0]]
+
+        def scales(ws):
+            return [fit.scale for fit in fit_all([qset] * 2, ws)]
+
+        parts = jax.shard_map(scales, in_specs=([P(None, "model")] * 2,), out_specs=P())
+        found, wanted = jax.jit(parts)(ws), quick.jit(scales)(ws)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
     def test_training_is_that_of_one_device(mesh):
         """Parts of the batch and of the kernels on each device; the recipe of docs/sharding.md."""
