@@ -50,6 +50,10 @@ class Group(NamedTuple):
         largest = jnp.max(x, axis=self.axes, keepdims=True, initial=initial)
         return lax.pmax(largest, self.axis_names) if self.axis_names else largest
 
+    def numbers(self, x: Array) -> tuple[int, ...]:
+        """The shape of numbers that are one a group, as every reduction gives them."""
+        return tuple(1 if axis in self.axes else size for axis, size in enumerate(x.shape))
+
     def size(self, x: Array) -> int:
         """Entries in one group."""
         here = math.prod(x.shape[axis] for axis in self.axes)

@@ -111,10 +111,9 @@ def _by_one_program(
 
 def _flat_numbers(a: Array, group: Group) -> Callable[..., Any]:
     """A pass over `a` whose numbers are vectors."""
-    view = [1 if axis in group.axes else size for axis, size in enumerate(a.shape)]
 
     def over(function: Callable[..., Any], *numbers: Array) -> Any:
-        found = function(a, group, *(x.reshape(view) for x in numbers))
+        found = function(a, group, *(x.reshape(group.numbers(a)) for x in numbers))
         return jax.tree.map(jnp.ravel, found)
 
     return over

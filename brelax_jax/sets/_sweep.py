@@ -97,8 +97,7 @@ def swept_scale(
 
     w, kept = jax.tree.map(in_rows, (w, kept))
     rows = Source.of(weights._replace(w=w, kept=kept, group=Rows(first)), before)
-    shape = [1 if axis in group.axes else size for axis, size in enumerate(weights.w.shape)]
-    return searched_scale(magnitudes, rows, sweep).reshape(shape)
+    return searched_scale(magnitudes, rows, sweep).reshape(group.numbers(weights.w))
 
 
 def sweep(problem: Problem) -> Sweep:
