@@ -1,5 +1,7 @@
 """How hard weights are pulled: the distance to a set, its Moreau envelope, its proximal map."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -43,6 +45,12 @@ def distance(w: ArrayLike, qset: QuantizedSet) -> Array:
     >>> brx.distance(jnp.array([3.0, -5.0]), brx.Binary()).round(4)
     Array(1.4142, dtype=float32)
     """
+    return _distance(qset, jnp.asarray(w))
+
+
+@partial(jax.jit, static_argnums=0)
+def _distance(qset: QuantizedSet, w: Array) -> Array:
+    """In one program, as all that is computed here: outside of one each operation is compiled."""
     residual = _residual(w, qset)
     return norm(residual, qset.granularity.groups(residual.shape).whole)
 
@@ -82,6 +90,11 @@ def moreau_envelope(w: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     References:
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), section 3.
     """
+    return _moreau_envelope(qset, jnp.asarray(w), lam)
+
+
+@partial(jax.jit, static_argnums=0)
+def _moreau_envelope(qset: QuantizedSet, w: Array, lam: ArrayLike) -> Array:
     far = distance(w, qset)
     return jnp.where(far == 0, 0, jnp.asarray(lam, far.dtype)) * far * far / 2
 
@@ -111,17 +124,20 @@ def relax(y: ArrayLike, qset: QuantizedSet, lam: ArrayLike) -> Array:
     References:
       Yin et al., BinaryRelax, 2018 (arXiv 1801.06313), eq. 3.3.
     """
+    return _relax(qset, jnp.asarray(y), lam)
+
+
+@partial(jax.jit, static_argnums=0)
+def _relax(qset: QuantizedSet, y: Array, lam: ArrayLike) -> Array:
     projection = qset.nearest.project(y)
-    y = jnp.asarray(y)
     compute = compute_dtype(y.dtype)
     alpha = strength_of(jnp.asarray(lam, compute))
     return blend(y.astype(compute), projection.astype(compute), alpha).astype(y.dtype)
 
 
-def _residual(w: ArrayLike, qset: QuantizedSet) -> Array:
+def _residual(w: Array, qset: QuantizedSet) -> Array:
     """w − proj_Q(w), at least float32, zero where it is within rounding of w's dtype."""
     projection = qset.nearest.project(w)
-    w = jnp.asarray(w)
     compute = compute_dtype(w.dtype)
     residual = w.astype(compute) - projection.astype(compute)
     rounding = jnp.finfo(w.dtype).eps + 32 * jnp.finfo(compute).eps

@@ -2,15 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from brelax_jax.sets import Quantized
 
 Floats = NDArray[np.float32]
-
-_dequantize = jax.jit(Quantized.dequantize)  # compiles once a shape, not each operation
 
 
 class Scaled(NamedTuple):
@@ -60,7 +57,7 @@ def scaled(quantized: Quantized) -> Scaled:
             f"{quantized.magnitudes}; use those of a set such as ScaledLevels((-3, -1, 1, 3))."
         )
     levels = np.where(expanded(scale, codes.shape) > 0, levels, 0).astype(np.float32)
-    return Scaled(levels, scale, np.asarray(_dequantize(quantized)).astype(np.float32))
+    return Scaled(levels, scale, np.asarray(quantized.dequantize()).astype(np.float32))
 
 
 def expanded(scale: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -53,20 +53,27 @@ class Quantized:
 
         Bit for bit what the function that made this returns unquantized, such as `project`.
         """
-        codes = self.codes.astype(self.scale.dtype)
-        magnitude = at_index(jnp.abs(codes), self.magnitudes)
-        w = jnp.where(codes < 0, -magnitude, magnitude) * self._expanded(self.scale)
-        if self.spacing is not None:
-            spacing = self._expanded(self.spacing)
-            w = jnp.round(w * (1 / spacing)) * spacing
-        return without_negative_zero(w.astype(self.dtype))
+        return _dequantized(self)
 
-    def _expanded(self, scale: Array) -> Array:
-        """One entry per group, repeated along a block axis so that it broadcasts against codes."""
-        for axis, (entries, groups) in enumerate(zip(self.codes.shape, scale.shape, strict=True)):
-            if groups not in (1, entries):
-                scale = jnp.repeat(scale, entries // groups, axis=axis, total_repeat_length=entries)
-        return scale
+
+@jax.jit
+def _dequantized(quantized: Quantized) -> Array:
+    shape, scale = quantized.codes.shape, quantized.scale
+    codes = quantized.codes.astype(scale.dtype)
+    magnitude = at_index(jnp.abs(codes), quantized.magnitudes)
+    w = jnp.where(codes < 0, -magnitude, magnitude) * _expanded(scale, shape)
+    if quantized.spacing is not None:
+        spacing = _expanded(quantized.spacing, shape)
+        w = jnp.round(w * (1 / spacing)) * spacing
+    return without_negative_zero(w.astype(quantized.dtype))
+
+
+def _expanded(scale: Array, shape: tuple[int, ...]) -> Array:
+    """One entry per group, repeated along a block axis so that it broadcasts against codes."""
+    for axis, (entries, groups) in enumerate(zip(shape, scale.shape, strict=True)):
+        if groups not in (1, entries):
+            scale = jnp.repeat(scale, entries // groups, axis=axis, total_repeat_length=entries)
+    return scale
 
 
 def without_negative_zero(w: Array) -> Array:

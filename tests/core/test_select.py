@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import brelax_jax as brx
+from tests.helpers.training import ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -19,7 +20,7 @@ LINK = optax.sgd(0.1)
 
 
 def kernel(*shape):
-    return jnp.ones(shape or (2, 3))
+    return ones(*(shape or (2, 3)))
 
 
 @jax.tree_util.register_dataclass
@@ -206,9 +207,9 @@ def channel(axis):
 
 
 PARAMS = {
-    "mid": {"kernel": kernel(4, 6), "steps": jnp.arange(3), "on": jnp.ones(2, bool)},
-    "phase": jnp.ones(2, "complex64"),
-    "gain": jnp.float32(1.0),
+    "mid": {"kernel": kernel(4, 6), "steps": np.arange(3), "on": np.ones(2, bool)},
+    "phase": np.ones(2, "complex64"),
+    "gain": np.float32(1.0),
 }
 REFUSED_AT_INIT = {
     "no leaf": (("mid/bias", BINARY), r"'mid/bias' matches no leaf.*gain, mid/kernel"),

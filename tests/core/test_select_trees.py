@@ -14,13 +14,14 @@ import pytest
 from flax import nnx
 
 import brelax_jax as brx
+from tests.helpers.training import ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 BINARY, TERNARY, FOUR_BITS = brx.Binary(), brx.Ternary(), brx.Uniform(4)
 PARAMS = {
-    "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
-    "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2), "scale": jnp.ones((2, 2))},
+    "conv": {"kernel": ones(3, 3, 2, 4), "bias": ones(4)},
+    "head": {"kernel": ones(4, 2), "bias": ones(2), "scale": ones(2, 2)},
 }
 TREE = {
     "conv": {"kernel": BINARY, "bias": TERNARY},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
-from tests.helpers import meshes
+from tests.helpers import meshes, quick
 
 TIMEOUT = 600  # seconds, only so that nothing ever hangs
 
@@ -87,5 +87,5 @@ def test_two_processes_train_to_the_params_of_one(across, steps, sets, tmp_path)
         # Rounding adds up.
         meshes.assert_same(first[t][1], wanted, sets, rtol=1e-6 * 10 ** (t / 3))
     params, state = first[-1]
-    quantized = jax.jit(brx.quantized_params)(state, params)
+    quantized = quick.jit(brx.quantized_params)(state, params)
     jax.tree.map(np.testing.assert_array_equal, params, quantized)

@@ -28,6 +28,13 @@ context.set_forkserver_preload(IMPORTED)
 
 
 def run(directory: Path, function: Callable[..., Any], *arguments: Any, **environ: str) -> int:
+    """As `start`, to its end: returns the exit status."""
+    return ended(start(directory, function, *arguments, **environ))
+
+
+def start(
+    directory: Path, function: Callable[..., Any], *arguments: Any, **environ: str
+) -> process.BaseProcess:
     """Runs a function of a module, in this working directory and with these settings of JAX.
 
     Args:
@@ -35,15 +42,17 @@ def run(directory: Path, function: Callable[..., Any], *arguments: Any, **enviro
       function: its result is the exit status.
       arguments: of the function.
       environ: variables of the environment, besides those of this process.
-
-    Returns:
-      The exit status, or minus the signal that ended the process.
     """
     settings = {name: jax.config.values[name] for name in SETTINGS}
     place = (os.getcwd(), directory / "printed")
     child = context.Process(target=_run, args=(*place, settings, environ, function, arguments))
     with contextlib.chdir(process.ORIGINAL_DIR):  # the first finds there what is to be imported
         child.start()
+    return child
+
+
+def ended(child: process.BaseProcess) -> int:
+    """The exit status of a process when it has ended, or minus the signal that ended it."""
     child.join()
     assert child.exitcode is not None
     return child.exitcode

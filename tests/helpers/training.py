@@ -14,8 +14,24 @@ import optax
 import brelax_jax as brx
 
 
+def array(values, dtype="float32"):
+    """An array of JAX for which nothing is compiled, as for those that `jnp` makes."""
+    return jnp.asarray(np.asarray(values).astype(dtype))
+
+
+def ones(*shape):
+    return array(np.ones(shape))
+
+
 def normal(seed, *shape, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return array(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def spoilt(x, place):
+    """A copy with a NaN."""
+    x = np.array(x)
+    x[place] = np.nan
+    return x
 
 
 @functools.cache
@@ -61,8 +77,8 @@ def make_params(seed=0):
     rng = np.random.default_rng(seed)
     return {
         name: {
-            "kernel": jnp.asarray(rng.standard_normal((4, 3)), dtype),
-            "bias": jnp.asarray(rng.standard_normal(3), "float32"),
+            "kernel": array(rng.standard_normal((4, 3)), dtype),
+            "bias": array(rng.standard_normal(3)),
         }
         for name, dtype in {
             "binary": "float32",

@@ -7,6 +7,8 @@ import pytest
 
 from examples.train.models import conv_init
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 

@@ -3,15 +3,13 @@
 import os
 import re
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import examples
 from examples.runs import studies
 from examples.runs.studies import Study
+from tests.helpers import forked
 
 LINES = 12  # of each process
 
@@ -20,17 +18,29 @@ def line(name, revision=1, **more):
     return {"name": name, "revision": revision, **more}
 
 
-def adds(path, first, kill=""):
-    """A process that adds lines; SIGKILL at the first change to a file that matches a pattern."""
-    command = [sys.executable, "-m", "tests.programs.test_studies", str(path), str(first), kill]
-    environment = os.environ | {"PYTHONPATH": str(Path(examples.__file__).parents[1])}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+def add(path, first, kill):
+    """Adds lines; SIGKILL at the first change to a file that matches a pattern."""
+
+    def hook(event, args):
+        if kill and args and re.search(kill, f"{event} {args[0]}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    for number in range(first, first + LINES):
+        Study(path).add(line(f"run{number:03d}"))
 
 
-def ended(process):
-    """The status of a process, and what it said."""
-    _, said = process.communicate()
-    return process.returncode, said
+class Adding:
+    """A process that adds lines."""
+
+    def __init__(self, path, first, kill=""):
+        self.directory = path.parent / f"from-{first}"
+        self.directory.mkdir()
+        self.process = forked.start(self.directory, add, path, first, kill)
+
+    def ended(self):
+        """Its status, and what it said."""
+        return forked.ended(self.process), (self.directory / "printed").read_text()
 
 
 def test_lines_are_in_the_order_of_their_names_and_come_back(tmp_path):
@@ -48,8 +58,8 @@ def test_lines_are_in_the_order_of_their_names_and_come_back(tmp_path):
 
 def test_processes_that_add_lines_at_the_same_time_lose_none(tmp_path):
     path = tmp_path / "study.jsonl"
-    processes = [adds(path, first) for first in (0, 100, 200)]
-    assert [ended(process) for process in processes] == [(0, "")] * 3
+    processes = [Adding(path, first) for first in (0, 100, 200)]
+    assert [process.ended() for process in processes] == [(0, "")] * 3
     expected = {f"run{first + i:03d}" for first in (0, 100, 200) for i in range(LINES)}
     assert [record["name"] for record in Study(path).read()] == sorted(expected)
 
@@ -60,7 +70,7 @@ def test_a_process_that_is_killed_loses_no_line(tmp_path, moment):
     path = tmp_path / "study.jsonl"
     Study(path).add(line("first"))
     before = path.read_bytes()
-    assert ended(adds(path, 0, moment)) == (-signal.SIGKILL, "")
+    assert Adding(path, 0, moment).ended() == (-signal.SIGKILL, "")
     assert path.read_bytes() == before
     Study(path).add(line("second"))
     assert [record["name"] for record in Study(path).read()] == ["first", "second"]
@@ -107,17 +117,3 @@ def test_lines_of_other_revisions_are_named(monkeypatch):
     assert studies.other_revisions(records).endswith("(1): c (revision 2).")
     monkeypatch.setattr(studies, "REVISION", 2)
     assert [record["name"] for record in records if studies.current(record)] == ["b", "c"]
-
-
-def killed_at(pattern):
-    def hook(event, args):
-        if pattern and args and re.search(pattern, f"{event} {args[0]}"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
-if __name__ == "__main__":
-    killed_at(sys.argv[3])
-    for number in range(LINES):
-        Study(sys.argv[1]).add(line(f"run{int(sys.argv[2]) + number:03d}"))

@@ -10,7 +10,9 @@ import optax
 import pytest
 
 import brelax_jax as brx
-from tests.helpers.training import normal, trace_of
+from tests.helpers.training import normal, traces_of
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 BINARY, SGD = brx.Binary(), optax.sgd(0.1)
 PLAN = brx.continuation(8)
@@ -24,13 +26,11 @@ each = pytest.mark.parametrize("name", MADE)
 
 @each
 def test_a_continuation_is_lam_and_hard_from(name):
-    params, grads = (
-        {"kernel": normal(0, 4, 2)},
-        [{"kernel": normal(seed, 4, 2)} for seed in range(8)],
-    )
-    traces = [trace_of(MADE[name](*given), params, grads) for given in ([PLAN], PLAN)]
-    chex.assert_trees_all_equal(*traces)
-    strengths = [float(brx.strength(state)) for _, state in traces[0]]
+    grads = [{"kernel": normal(seed, 4, 2)} for seed in range(8)]
+    both = {"one": MADE[name](PLAN), "two": MADE[name](*PLAN)}
+    traces = traces_of(both, {"kernel": normal(0, 4, 2)}, grads)
+    chex.assert_trees_all_equal(*traces.values())
+    strengths = [float(brx.strength(state)) for _, state in traces["one"]]
     assert strengths[0] == 0 < strengths[3] < 1
     assert strengths[PLAN.hard_from :] == [1, 1]
 

@@ -7,11 +7,12 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers.training import normal
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SETS = [brx.Binary(), brx.Ternary(), brx.TernaryThreshold(), brx.Uniform(4), brx.PowerOfTwo(5)]
-PARAMS = {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}
+PARAMS = {"kernel": normal(0, 6, 4)}
 
 
 def relaxing(lam, hard_from=None, qset=SETS[0], lr=0.0):

@@ -13,6 +13,8 @@ import pytest
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STEPS = 100
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3
 SHAPE = (24, 10)
@@ -75,6 +77,7 @@ METHODS = {
 }
 
 
+@functools.cache
 def ours(method):
     with jax.enable_x64(True):
         optimizer = METHODS[method][0]()

@@ -14,12 +14,13 @@ from optax.tree_utils import NamedTupleKey
 
 import brelax_jax as brx
 from tests.helpers import covering
+from tests.helpers.training import array
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 PARAMS = {
-    "dense": {"kernel": jnp.arange(12.0).reshape(4, 3) - 5, "bias": jnp.zeros(3)},
-    "low": {"kernel": jnp.linspace(-1, 1, 8, dtype=jnp.bfloat16).reshape(4, 2)},
+    "dense": {"kernel": array(np.arange(12.0).reshape(4, 3) - 5), "bias": array(np.zeros(3))},
+    "low": {"kernel": array(np.linspace(-1, 1, 8).reshape(4, 2), "bfloat16")},
 }
 SPECS = {"dense": {"kernel": P("data", "model"), "bias": P()}, "low": {"kernel": P(None, "model")}}
 RULES = brx.select(
