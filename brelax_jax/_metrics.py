@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from brelax_jax._envelope import norm, strength_of
+from brelax_jax._envelope import strength_of
 from brelax_jax._tree import fold_leaves
 from brelax_jax.sets import Fit, QuantizedSet
 from brelax_jax.sets._levels import shift_of
@@ -124,17 +124,11 @@ def _codes_of_levels(levels: Sequence[float]) -> list[int]:
 
 
 def _relative_distance(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
-    """‖y − proj(y)‖/‖y‖, by plain squares where these neither overflow nor vanish."""
+    """‖y − proj(y)‖/‖y‖, in units of the largest entry, because squares may overflow or vanish."""
     whole = qset.granularity.groups(y.shape).whole
+    largest = whole.max(jnp.abs(y), initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    shift = shift_of(unit)
     residual = y - qset.place(y, fit)
-    far, length = (whole.sum(jnp.square(x)).reshape(()) for x in (residual, y))
-
-    def careful() -> Array:
-        largest = whole.max(jnp.abs(y), initial=0)
-        unit = jnp.where(largest > 0, largest, 1)
-        shift = shift_of(unit)
-        far, length = (norm((x * shift) / (unit * shift), whole) for x in (residual, y))
-        return jnp.where(length == 0, 0, far / jnp.where(length == 0, 1, length))
-
-    plain = (length > 1e-25) & (length < 1e30) & (far < 1e30)
-    return lax.cond(plain, lambda: jnp.sqrt(far / length), careful)
+    far, length = (whole.sum(jnp.square(x * shift / (unit * shift))) for x in (residual, y))
+    return jnp.sqrt(far / jnp.maximum(length, 1)).reshape(())
