@@ -160,20 +160,43 @@ class MeanMagnitude(ScaleRule):
             return Fit(at)
         if len(magnitudes) == 1:  # all codes are the same, whatever places them
             return Fit(jnp.where(jnp.isfinite(mean), mean / magnitudes[0], jnp.nan))
+        on_cpu = _refitted_beyond_a_cut if len(magnitudes) == 2 else _refitted_by_other_passes
         scale = lax.platform_dependent(
             w,
             mean,
             at,
-            cpu=functools.partial(_refitted_by_other_passes, magnitudes, group),
+            cpu=functools.partial(on_cpu, magnitudes, group),
             default=functools.partial(_refitted_at_once, magnitudes, group),
         )
         return Fit(jnp.where(jnp.isnan(at), at, scale), at)
 
 
+def _refitted_beyond_a_cut(
+    magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
+) -> Array:
+    """The least-squares scale of the codes that are nearest at a scale, if one cut parts them.
+
+    XLA on CPU sums what is computed here without writing it to memory, which it does with selected
+    weights.
+    """
+    lower, upper = magnitudes
+    size = float(group.size(w))
+    # No sum overflows, and no difference is flushed to zero.
+    unit = jnp.where(mean < jnp.finfo(w.dtype).max / (4 * upper * size), 1, 2.0**-32)
+    unit = jnp.where(mean < 2.0**-60, 2.0**40, unit)
+    cut = at * ((lower + upper) / 2) * unit
+    over = jnp.maximum(jnp.abs(w) * unit - cut, 0)
+    count = group.sum(jnp.sign(over))
+    beyond = group.sum(over) + cut * count
+    gain = lower * size * (mean * unit) + (upper - lower) * beyond
+    norm = lower**2 * size + (upper**2 - lower**2) * count
+    return gain / jnp.where(norm > 0, norm, 1) / unit
+
+
 def _refitted_by_other_passes(
     magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
 ) -> Array:
-    """The least-squares scale of the codes that are nearest at a scale, as is fast on CPU."""
+    """The same for any levels, as is fast on CPU."""
     del mean
     q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
     norm = group.mean(jnp.square(q)) / magnitudes[-1]
