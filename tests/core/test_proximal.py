@@ -19,7 +19,6 @@ SETS = [
     brx.PowerOfTwo(4, granularity=brx.PerBlock(4, 0)),
     brx.ScaledLevels((-1.7, -0.3, 0, 0.3, 1.7)),
 ]
-TOGETHER = (*SETS, brx.Uniform(3))
 MAPS = [brx.Relaxation(), brx.PiecewiseAffine(), brx.SoftThreshold()]
 PROXQUANT = brx.SoftThreshold(updates_float_params=True)
 LAMBDAS = (0.0, 0.3, 4.0, 1e3)
@@ -41,9 +40,9 @@ class Results(NamedTuple):
     quantized: brx.Quantized
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def compiled(qsets, y, lam):
-    """One program for many sets: what their searches have in common compiles once."""
+@jax.jit
+def compiled(y, lam):
+    """One program for all sets: what their searches have in common compiles once."""
     return [
         Results(
             [proximal_map.apply(y, qset, lam) for proximal_map in MAPS],
@@ -51,13 +50,12 @@ def compiled(qsets, y, lam):
             qset.project(y),
             qset.quantize(y),
         )
-        for qset in qsets
+        for qset in SETS
     ]
 
 
 def results(qset, y, lam=0.0):
-    qsets = TOGETHER if qset in TOGETHER and y.shape == (8, 6) else (qset,)
-    return compiled(qsets, y, lam)[qsets.index(qset)]
+    return compiled(y, lam)[SETS.index(qset)]
 
 
 def applied(proximal_map, qset, y, lam):
@@ -105,6 +103,7 @@ def test_soft_threshold_is_the_published_formula(qset, lam):
 
 def test_soft_threshold_is_proxquants_for_weights_at_scale_one():
     theta, lam = np.array([0.25, -1.75, 0.5, -1.5, 0.875, -1.125], np.float32), 0.3
+    theta = np.tile(theta, (8, 1))
     sign = np.sign(theta)
     expected = sign + np.sign(theta - sign) * np.maximum(np.abs(theta - sign) - lam, 0)
     np.testing.assert_allclose(
@@ -154,20 +153,21 @@ def test_the_pull_grows_with_lambda_and_keeps_the_order(qset, proximal_map):
     assert (away[0] <= np.abs(y - q) + 1e-6).all()
 
 
-def test_piecewise_affine_at_zero_cuts_off_at_the_last_levels():
+@every_set
+def test_piecewise_affine_at_zero_cuts_off_at_the_last_levels(qset):
     y = weights(8, 6)
-    s = float(results(brx.Uniform(3), y).quantized.scale.item())
-    w = applied(brx.PiecewiseAffine(), brx.Uniform(3), y, 0.0)
-    np.testing.assert_allclose(w, np.clip(y, -3 * s, 3 * s), atol=1e-6)
+    last = qset.levels[-1] * scales(qset, y)
+    w = applied(brx.PiecewiseAffine(), qset, y, 0.0)
+    np.testing.assert_allclose(w, np.clip(y, -last, last), atol=1e-6)
 
 
 def test_piecewise_affine_holds_weights_between_the_cut_and_halfway_at_the_midpoint():
     qset = brx.TernaryThreshold(0.2)
     y = np.array([0.3, -0.4, 3.0, -2.0, 0.01], np.float32)
-    s = scales(qset, y)[0]
-    w = applied(brx.PiecewiseAffine(), qset, y, 1e6)
-    np.testing.assert_allclose(w, [s / 2, -s / 2, s, -s, 0], rtol=1e-5)
-    np.testing.assert_array_equal(applied(brx.PiecewiseAffine(), qset, y, np.inf), qset.project(y))
+    apply = jax.jit(lambda y, lam: brx.PiecewiseAffine().apply(y, qset, lam))
+    s = np.mean([0.3, 0.4, 3.0, 2.0])
+    np.testing.assert_allclose(apply(y, 1e6), [s / 2, -s / 2, s, -s, 0], rtol=1e-5)
+    np.testing.assert_array_equal(apply(y, np.inf), qset.project(y))
 
 
 @jax.jit
