@@ -40,22 +40,14 @@ class Results(NamedTuple):
     quantized: brx.Quantized
 
 
-@jax.jit
-def compiled(y, lam):
-    """One program for all sets: what their searches have in common compiles once."""
-    return [
-        Results(
-            [proximal_map.apply(y, qset, lam) for proximal_map in MAPS],
-            brx.relax(y, qset, lam),
-            qset.project(y),
-            qset.quantize(y),
-        )
-        for qset in SETS
-    ]
-
-
-def results(qset, y, lam=0.0):
-    return compiled(y, lam)[SETS.index(qset)]
+@functools.partial(jax.jit, static_argnums=0)
+def results(qset, y, lam):
+    return Results(
+        [proximal_map.apply(y, qset, lam) for proximal_map in MAPS],
+        brx.relax(y, qset, lam),
+        qset.project(y),
+        qset.quantize(y),
+    )
 
 
 def applied(proximal_map, qset, y, lam):
@@ -64,7 +56,7 @@ def applied(proximal_map, qset, y, lam):
 
 def scales(qset, y):
     """The scale of each entry of y."""
-    scale = np.asarray(results(qset, y).quantized.scale, np.float64)
+    scale = np.asarray(results(qset, y, 0.0).quantized.scale, np.float64)
     repeats = [entries // groups for entries, groups in zip(y.shape, scale.shape, strict=True)]
     for axis, times in enumerate(repeats):
         scale = np.repeat(scale, times, axis)
@@ -94,7 +86,7 @@ def test_piecewise_affine_is_the_published_formula(qset, lam):
 @pytest.mark.parametrize("lam", LAMBDAS)
 def test_soft_threshold_is_the_published_formula(qset, lam):
     y = weights(8, 6)
-    q = np.asarray(results(qset, y).projection, np.float64)
+    q = np.asarray(results(qset, y, 0.0).projection, np.float64)
     residual = y - q
     shrunk = np.maximum(np.abs(residual) - lam * scales(qset, y), 0)
     w = applied(brx.SoftThreshold(), qset, y, lam)
@@ -115,7 +107,7 @@ def test_soft_threshold_is_proxquants_for_weights_at_scale_one():
 @pytest.mark.parametrize("lam", [0.3, 4.0])
 def test_soft_threshold_minimizes_its_objective(qset, lam):
     y = weights(8, 6).astype(np.float64)
-    q, s = results(qset, y.astype(np.float32)).projection, scales(qset, y.astype(np.float32))
+    q, s = results(qset, y.astype(np.float32), 0.0).projection, scales(qset, y.astype(np.float32))
     q = np.asarray(q)
 
     def objective(u):
@@ -139,7 +131,7 @@ def test_relaxation_is_relax(qset, lam):
 def test_at_infinity_every_map_is_the_projection(qset, proximal_map):
     y = weights(8, 6)
     y[:, 0] = 0
-    wanted = results(qset, y).projection
+    wanted = results(qset, y, 0.0).projection
     np.testing.assert_array_equal(applied(proximal_map, qset, y, np.inf), wanted)
 
 
@@ -147,7 +139,7 @@ def test_at_infinity_every_map_is_the_projection(qset, proximal_map):
 @every_map
 def test_the_pull_grows_with_lambda_and_keeps_the_order(qset, proximal_map):
     y = np.linspace(-2, 2, 48, dtype=np.float32).reshape(8, 6)
-    q = np.asarray(results(qset, y).projection)
+    q = np.asarray(results(qset, y, 0.0).projection)
     away = [np.abs(applied(proximal_map, qset, y, lam) - q) for lam in (0.0, 0.3, 1.0, 4.0, 1e3)]
     assert (np.diff(away, axis=0) <= 1e-6).all()
     assert (away[0] <= np.abs(y - q) + 1e-6).all()
