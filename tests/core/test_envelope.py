@@ -92,10 +92,9 @@ def test_relax_is_bitwise_at_both_ends_in_every_dtype(dtype):
         for relaxed in (relax(w, lam)[0], brx.relax(w, qset, lam)):
             assert relaxed.dtype == w.dtype
             np.testing.assert_array_equal(relaxed, expected)
-    midway = (np.asarray(w, np.float32) + np.asarray(projection, np.float32)) / 2
-    np.testing.assert_allclose(
-        np.asarray(between, np.float32), midway, rtol=float(jnp.finfo(dtype).eps), atol=1e-6
-    )
+    between, w, projection = (np.asarray(x, np.float32) for x in (between, w, projection))
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(between, (w + projection) / 2, rtol=rounding, atol=1e-6)
 
 
 def test_at_infinity_the_envelope_is_the_indicator():

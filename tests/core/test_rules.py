@@ -120,13 +120,8 @@ def test_distance_envelope_and_relax_are_of_the_set(rule, name):
         least = oracles.error(w, rule.value, qset.levels)
     else:
         least = oracles.optimum(w, qset.levels)[1]
-    distance, envelope, relaxed = jax.jit(
-        lambda w: (
-            brx.distance(w, qset),
-            brx.moreau_envelope(w, qset, lam),
-            brx.relax(w, qset, lam),
-        )
-    )(w)
+    functions = brx.distance, lambda *x: brx.moreau_envelope(*x, lam), lambda *x: brx.relax(*x, lam)
+    distance, envelope, relaxed = jax.jit(lambda w: [each(w, qset) for each in functions])(w)
     np.testing.assert_allclose(distance**2, least, rtol=1e-5)
     np.testing.assert_allclose(envelope, lam / 2 * least, rtol=1e-5)
     relaxed = np.asarray(relaxed, float)
