@@ -45,7 +45,7 @@ def start():
 @functools.cache
 def quantized():
     params, state = start()
-    return jax.jit(brx.quantized_params)(state, params)
+    return brx.quantized_params(state, params)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_weights_from_elsewhere_are_projected(path):
     params, _ = start()
     with pytest.warns(UserWarning, match=r"in 3 leaves, .* % of the norm, .*were projected"):
         brx.save(path, params, rules=RULES)
-    check_equal(brx.load(path), jax.jit(lambda p: brx.dequantize(RULES.quantize(p)))(params))
+    check_equal(brx.load(path), jax.jit(brx.dequantize)(RULES.quantize(params)))
 
 
 def test_in_phase_one_the_warning_says_by_how_much(path):
