@@ -41,8 +41,7 @@ def blank_fit(qset: QuantizedSet, y: Array) -> Fit:
     if isinstance(y, jax.core.Tracer) or len(y.devices()) > 1:
         return _reduced_zeros(qset, y)
     shape, dtype = qset.granularity.groups(y.shape).scale, compute_dtype(y.dtype)
-    # It compiles nothing, and is committed only where y is: else the second update would be compiled
-    # again, for a committed state.
+    # This compiles nothing. Were it committed and y not, the second update would be compiled anew.
     (device,) = y.devices() if y.committed else (None,)
     zero = jax.device_put(np.zeros(shape, dtype), device)
     return Fit(zero, zero if _has_code_scale(qset, y) else None)

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from brelax_jax.sets import Group, _in_turn, _joined
+from brelax_jax.sets import Fit, Group, _in_turn, _joined
 from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._rules import mean_at_once
 from brelax_jax.sets._together import MANY
@@ -28,6 +28,12 @@ def drawn(seed=0):
     leaves[1] *= 1e30
     leaves[2] *= 1e-30
     return leaves
+
+
+def blank(qset, leaves):
+    """The fits before the first ones."""
+    shapes = (qset.granularity.groups(w.shape).scale for w in leaves)
+    return [Fit(np.zeros(shape, np.float32)) for shape in shapes]
 
 
 def assert_optimal(qset, w, scale, tolerance=1e-6):
@@ -105,7 +111,7 @@ def test_a_kept_scale_stays_within_its_tolerance(kind):
     qset = brx.Ternary(rule=brx.LeastSquares(0.01))
     rng, leaves = np.random.default_rng(0), drawn()
     with searching.forced(searching.KINDS[kind]):
-        fits = fit_all([qset] * len(leaves), leaves, [None] * len(leaves))
+        fits = fit_all([qset] * len(leaves), leaves, blank(qset, leaves))
         for _ in range(5):
             leaves = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
             fits = fit_all([qset] * len(leaves), leaves, fits)
@@ -120,18 +126,20 @@ def test_arrays_that_share_a_loop_get_the_scales_that_they_get_alone(monkeypatch
     qset = brx.Ternary(granularity=brx.PerChannel(), rule=rule, scale_dtype="float16")
     rng = np.random.default_rng(0)
     leaves = [rng.standard_t(3, shape).astype("f4") for shape in [(90, 40), (3, 40, 40), (90, 40)]]
-    fits = fit_all([qset] * 3, leaves)
-    moved = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
-    fits = fit_all([qset] * 3, moved, fits)
-    for w, now, found in zip(leaves, moved, fits, strict=True):
-        alone = qset.fit(now, qset.fit(w))
-        np.testing.assert_array_equal(found.scale, alone.scale)
+    fits = alone = blank(qset, leaves)
+    for _ in range(2):
+        with searching.forced(searching.KINDS["in turn"]):
+            fits = fit_all([qset] * 3, leaves, fits)
+            alone = [qset.fit(w, fit) for w, fit in zip(leaves, alone, strict=True)]
+        for one, other in zip(fits, alone, strict=True):
+            np.testing.assert_array_equal(one.scale, other.scale)
+        leaves = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
 
 
 def test_a_loop_on_cpu_holds_few_arrays_and_few_weights(monkeypatch):
     monkeypatch.setattr(_in_turn, "MOST_ARRAYS", 2)
     monkeypatch.setattr(_in_turn, "MOST_WEIGHTS", 100)
-    arrays = [Weights(jnp.zeros(size), Group((0,))) for size in (30, 30, 30, 60, 80, 200)]
+    arrays = [Weights(np.zeros(size), Group((0,))) for size in (30, 30, 30, 60, 80, 200)]
     assert _in_turn._loops(arrays) == [[0, 1], [2, 3], [4], [5]]
 
 
@@ -140,12 +148,10 @@ def test_the_explicit_mode_on_one_device():
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P(None, "model"))
         leaves = [jax.device_put(np.sin(np.arange(32.0)).reshape(8, 4), sharding)] * 2
-        for qset in (
-            brx.Ternary(granularity=brx.PerChannel()),
-            brx.Uniform(3, granularity=brx.PerBlock(4, 0)),
-        ):
-            for fit in fit_all([qset] * 2, leaves):
-                assert jax.typeof(fit.scale).sharding.spec[-1] == "model"
+        channel, block = brx.PerChannel(), brx.PerBlock(4, 0)
+        qsets = [brx.Ternary(granularity=channel)] * 2 + [brx.Uniform(3, granularity=block)] * 2
+        for fit in fit_all(qsets, leaves * 2):
+            assert jax.typeof(fit.scale).sharding.spec[-1] == "model"
 
 
 def test_forgotten_intervals_are_searched_again():
@@ -153,10 +159,9 @@ def test_forgotten_intervals_are_searched_again():
     a = np.abs(np.random.default_rng(0).standard_normal((4, 3000))).astype(np.float32)
     a /= np.max(a, axis=1, keepdims=True)
     magnitudes = tuple(map(float, range(32)))
-    ends = [
-        jax.jit(lambda a, shape=shape: searching.together(a, magnitudes, ROWS, shape))(a)
-        for shape in (MANY, MANY._replace(intervals=3), MANY._replace(intervals=200))
-    ]
+    shapes = MANY, MANY._replace(intervals=3), MANY._replace(intervals=200)
+    ends = jax.jit(lambda a: [searching.together(a, magnitudes, ROWS, each) for each in shapes])(a)
+    ends = jax.device_get(ends)
     for end in ends:
         assert np.all(end.left[0, 0] == end.end[0])
         np.testing.assert_allclose(end.best[1], ends[0].best[1], rtol=2e-6)
@@ -170,7 +175,7 @@ def test_few_rounds_suffice_for_many_scales_at_a_time(bits, most):
     rng = np.random.default_rng(0)
     w = np.abs(np.stack([rng.standard_normal(5000), rng.laplace(size=5000)])).astype(np.float32)
     a = w / np.max(w, axis=1, keepdims=True)
-    end = jax.jit(lambda a: searching.together(a, range(2 ** (bits - 1)), ROWS))(a)
+    end = jax.device_get(jax.jit(lambda a: searching.together(a, range(2 ** (bits - 1)), ROWS))(a))
     assert end.rounds <= most
     assert np.all(end.left[0, 0] == end.end[0])
 
@@ -192,7 +197,6 @@ def test_numbers_computed_together_are_those_of_each_array():
     settings = [3, 3, 3, 3, 3, 7]
     numbers = [[rng.standard_normal(shape).astype(np.float32)] * 2 for shape in shapes]
     numbers[-1].pop()
-    numbers = jax.tree.map(jnp.asarray, numbers)
     found, wanted = (
         jax.jit(lambda numbers, compute=compute: compute(function, settings, numbers))(numbers)
         for compute in (_joined.compute_together, _joined.compute_in_turn)

@@ -9,6 +9,7 @@ import pytest
 
 import brelax_jax as brx
 from tests.helpers import oracles
+from tests.helpers.training import array, ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -63,11 +64,12 @@ def test_distance_is_the_root_of_the_least_squared_error(name):
     np.testing.assert_allclose(results["envelope"], 1.5 * least, rtol=1e-5)
 
 
-def nearest_point(name, w):
+nearest_by_channel = jax.jit(brx.Ternary(granularity=brx.PerChannel()).project)
+
+
+def nearest_point(name, w, results):
     """The point of Q nearest to w, which a rule of thumb for the scale does not give."""
-    if name != "threshold":
-        return compiled(name)(w, 1.0)["projection"]
-    return jax.jit(brx.Ternary(granularity=SETS[name].granularity).project)(w)
+    return np.asarray(nearest_by_channel(w)) if name == "threshold" else results["projection"]
 
 
 @every_set
@@ -75,7 +77,7 @@ def nearest_point(name, w):
 def test_relax_goes_that_share_of_the_way(name, lam, strength):
     w = weights()
     results = compiled(name)(w, lam)
-    expected = (1 - strength) * w + strength * np.asarray(nearest_point(name, w))
+    expected = (1 - strength) * w + strength * nearest_point(name, w, results)
     if strength in (0, 1):
         np.testing.assert_array_equal(results["relax"], expected)
     np.testing.assert_allclose(results["relax"], expected, rtol=1e-5, atol=1e-6)
@@ -83,29 +85,25 @@ def test_relax_goes_that_share_of_the_way(name, lam, strength):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_relax_is_bitwise_at_both_ends_in_every_dtype(dtype):
-    w = jnp.asarray(weights(), dtype)
-    relax = jax.jit(lambda w, lam: brx.relax(w, SETS["binary"], lam))
-    projection = jax.jit(SETS["binary"].project)(w)
+    w, qset = array(weights(), dtype), SETS["binary"]
+    relax = jax.jit(lambda w, lam: (brx.relax(w, qset, lam), qset.project(w)))
+    between, projection = relax(w, 1.0)
     for lam, expected in [(0.0, w), (np.inf, projection)]:
-        for relaxed in (relax(w, lam), brx.relax(w, SETS["binary"], lam)):
+        for relaxed in (relax(w, lam)[0], brx.relax(w, qset, lam)):
             assert relaxed.dtype == w.dtype
             np.testing.assert_array_equal(relaxed, expected)
-    between = np.asarray(relax(w, 1.0), np.float32)
-    midway = (np.asarray(w, np.float32) + np.asarray(projection, np.float32)) / 2
-    np.testing.assert_allclose(between, midway, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
+    between, w, projection = (np.asarray(x, np.float32) for x in (between, w, projection))
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(between, (w + projection) / 2, rtol=rounding, atol=1e-6)
 
 
 def test_at_infinity_the_envelope_is_the_indicator():
-    on, off = SETS["binary"].project(weights()), jnp.asarray(weights())
-    envelope = jax.jit(
-        jax.value_and_grad(lambda w: brx.moreau_envelope(w, SETS["binary"], jnp.inf))
-    )
-    value, gradient = envelope(on)
-    assert value == 0
-    np.testing.assert_array_equal(gradient, 0)
-    value, gradient = envelope(off)
-    assert value == np.inf
-    assert not np.isfinite(gradient).any()
+    off = compiled("binary")(weights(), np.inf)
+    on = compiled("binary")(off["projection"], np.inf)
+    assert on["envelope"] == 0
+    np.testing.assert_array_equal(on["envelope gradient"], 0)
+    assert off["envelope"] == np.inf
+    assert not np.isfinite(off["envelope gradient"]).any()
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -155,7 +153,7 @@ def test_gradients_are_those_of_the_theory_and_of_difference_quotients(name):
     with jax.enable_x64(True):
         compute = compiled(name, ("binary by block", "threshold"))
         results = compute(w, lam)
-        residual = w - nearest_point(name, w)
+        residual = w - nearest_point(name, w, results)
         unit = residual / results["distance"]
         np.testing.assert_allclose(results["envelope gradient"], lam * residual, rtol=1e-9)
         np.testing.assert_allclose(results["distance gradient"], unit, rtol=1e-9)
@@ -167,23 +165,30 @@ def test_gradients_are_those_of_the_theory_and_of_difference_quotients(name):
                 np.testing.assert_allclose(along, slope, rtol=1e-5, atol=1e-7)
 
 
+def two_off():
+    """Weights at distance 2 from the binary set, whose scale is 2."""
+    w = np.full(SHAPE, 2, np.float32)
+    w[0, :4] = 1, 3, -1, -3
+    return w
+
+
 @pytest.mark.parametrize("magnitude", [1e30, 0.9e38, 1e-25])
 def test_distance_far_from_one(magnitude):
-    results = compiled("binary", ("binary",))(
-        np.array([1, 3, -1, -3], np.float32) * np.float32(magnitude), 0.0
-    )
+    results = compiled("binary")(two_off() * np.float32(magnitude), 0.0)
     np.testing.assert_allclose(results["distance"] / magnitude, 2.0, rtol=1e-5)
-    np.testing.assert_allclose(results["distance gradient"], [-0.5, 0.5, 0.5, -0.5], rtol=1e-5)
+    gradient = np.zeros(SHAPE)
+    gradient[0, :4] = -0.5, 0.5, 0.5, -0.5
+    np.testing.assert_allclose(results["distance gradient"], gradient, rtol=1e-5, atol=1e-8)
 
 
 def test_a_tiny_point_off_the_set_is_still_off():
-    w = np.array([1e-25, 3e-25, -1e-25, -3e-25], np.float32)
-    assert compiled("binary", ("binary",))(w, np.inf)["envelope"] == np.inf
+    w = two_off() * np.float32(1e-25)
+    assert compiled("binary")(w, np.inf)["envelope"] == np.inf
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_weights_are_measured_in_32_bits(dtype):
-    w = jnp.asarray(weights(), dtype)
+    w = array(weights(), dtype)
     compute = compiled("binary", ("binary",))
     results = compute(w, 2.0)
     assert results["distance"].dtype == results["envelope"].dtype == jnp.float32
@@ -223,6 +228,6 @@ def test_empty_weights_are_on_the_set():
 )
 def test_bad_weights_are_refused(function):
     with pytest.raises(TypeError, match=r"floating.*int32"):
-        function(jnp.arange(4), brx.Binary())
+        function(np.arange(4, dtype=np.int32), brx.Binary())
     with pytest.raises(ValueError, match="does not divide"):
-        function(jnp.ones(5), brx.Binary(granularity=brx.PerBlock(4)))
+        function(ones(5), brx.Binary(granularity=brx.PerBlock(4)))

@@ -7,6 +7,7 @@ import pytest
 
 import brelax_jax as brx
 from tests.helpers import oracles
+from tests.helpers.training import ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -104,7 +105,8 @@ def test_a_group_goes_on_over_a_mapped_axis(granularity):
         # Where the name is not bound, the array is whole.
         return jax.vmap(everything, axis_name="parts")(parts), everything(parts.reshape(24, 3))
 
-    for (mapped, far), (whole, whole_far) in zip(*mapped_and_whole(parts), strict=True):
+    found = jax.device_get(mapped_and_whole(parts))
+    for (mapped, far), (whole, whole_far) in zip(*found, strict=True):
         np.testing.assert_array_equal(mapped.codes.reshape(24, 3), whole.codes)
         for part in range(4):
             np.testing.assert_allclose(mapped.scale[part], whole.scale, rtol=1e-6)
@@ -126,7 +128,7 @@ def test_a_group_goes_on_over_a_mapped_axis(granularity):
     ids=str,
 )
 def test_shapes_that_do_not_fit_are_refused_on_use(granularity, shape, message):
-    qset, w = brx.Ternary(granularity=granularity), jnp.ones(shape)
+    qset, w = brx.Ternary(granularity=granularity), ones(*shape)
     for operation in (qset.project, qset.quantize, lambda w: brx.relax(w, qset, 1.0)):
         with pytest.raises(ValueError, match=message):
             operation(w)

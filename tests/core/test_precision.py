@@ -163,7 +163,7 @@ def test_training_ends_with_as_many_values_as_levels(dtype, float_dtype):
 
         run = jax.jit(lambda start: jax.lax.scan(body, (start, optimizer.init(start)), length=80))
         (params, state), trace = run(start)
-        hard, quantized, losses = jax.tree.map(lambda leaf: leaf[60:], trace)
+        hard, quantized, losses = jax.tree.map(lambda leaf: leaf[60:], jax.device_get(trace))
         floats = brx.float_params(state, params)
         wanted = projected(floats)
         for name, qset in SETS.items():

@@ -19,7 +19,6 @@ SETS = [
     brx.PowerOfTwo(4, granularity=brx.PerBlock(4, 0)),
     brx.ScaledLevels((-1.7, -0.3, 0, 0.3, 1.7)),
 ]
-TOGETHER = (*SETS, brx.Uniform(3))
 MAPS = [brx.Relaxation(), brx.PiecewiseAffine(), brx.SoftThreshold()]
 PROXQUANT = brx.SoftThreshold(updates_float_params=True)
 LAMBDAS = (0.0, 0.3, 4.0, 1e3)
@@ -42,22 +41,13 @@ class Results(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled(qsets, y, lam):
-    """One program for many sets: what their searches have in common compiles once."""
-    return [
-        Results(
-            [proximal_map.apply(y, qset, lam) for proximal_map in MAPS],
-            brx.relax(y, qset, lam),
-            qset.project(y),
-            qset.quantize(y),
-        )
-        for qset in qsets
-    ]
-
-
-def results(qset, y, lam=0.0):
-    qsets = TOGETHER if qset in TOGETHER and y.shape == (8, 6) else (qset,)
-    return compiled(qsets, y, lam)[qsets.index(qset)]
+def results(qset, y, lam):
+    return Results(
+        [proximal_map.apply(y, qset, lam) for proximal_map in MAPS],
+        brx.relax(y, qset, lam),
+        qset.project(y),
+        qset.quantize(y),
+    )
 
 
 def applied(proximal_map, qset, y, lam):
@@ -66,7 +56,7 @@ def applied(proximal_map, qset, y, lam):
 
 def scales(qset, y):
     """The scale of each entry of y."""
-    scale = np.asarray(results(qset, y).quantized.scale, np.float64)
+    scale = np.asarray(results(qset, y, 0.0).quantized.scale, np.float64)
     repeats = [entries // groups for entries, groups in zip(y.shape, scale.shape, strict=True)]
     for axis, times in enumerate(repeats):
         scale = np.repeat(scale, times, axis)
@@ -96,7 +86,7 @@ def test_piecewise_affine_is_the_published_formula(qset, lam):
 @pytest.mark.parametrize("lam", LAMBDAS)
 def test_soft_threshold_is_the_published_formula(qset, lam):
     y = weights(8, 6)
-    q = np.asarray(results(qset, y).projection, np.float64)
+    q = np.asarray(results(qset, y, 0.0).projection, np.float64)
     residual = y - q
     shrunk = np.maximum(np.abs(residual) - lam * scales(qset, y), 0)
     w = applied(brx.SoftThreshold(), qset, y, lam)
@@ -105,6 +95,7 @@ def test_soft_threshold_is_the_published_formula(qset, lam):
 
 def test_soft_threshold_is_proxquants_for_weights_at_scale_one():
     theta, lam = np.array([0.25, -1.75, 0.5, -1.5, 0.875, -1.125], np.float32), 0.3
+    theta = np.tile(theta, (8, 1))
     sign = np.sign(theta)
     expected = sign + np.sign(theta - sign) * np.maximum(np.abs(theta - sign) - lam, 0)
     np.testing.assert_allclose(
@@ -116,7 +107,7 @@ def test_soft_threshold_is_proxquants_for_weights_at_scale_one():
 @pytest.mark.parametrize("lam", [0.3, 4.0])
 def test_soft_threshold_minimizes_its_objective(qset, lam):
     y = weights(8, 6).astype(np.float64)
-    q, s = results(qset, y.astype(np.float32)).projection, scales(qset, y.astype(np.float32))
+    q, s = results(qset, y.astype(np.float32), 0.0).projection, scales(qset, y.astype(np.float32))
     q = np.asarray(q)
 
     def objective(u):
@@ -140,7 +131,7 @@ def test_relaxation_is_relax(qset, lam):
 def test_at_infinity_every_map_is_the_projection(qset, proximal_map):
     y = weights(8, 6)
     y[:, 0] = 0
-    wanted = results(qset, y).projection
+    wanted = results(qset, y, 0.0).projection
     np.testing.assert_array_equal(applied(proximal_map, qset, y, np.inf), wanted)
 
 
@@ -148,26 +139,27 @@ def test_at_infinity_every_map_is_the_projection(qset, proximal_map):
 @every_map
 def test_the_pull_grows_with_lambda_and_keeps_the_order(qset, proximal_map):
     y = np.linspace(-2, 2, 48, dtype=np.float32).reshape(8, 6)
-    q = np.asarray(results(qset, y).projection)
+    q = np.asarray(results(qset, y, 0.0).projection)
     away = [np.abs(applied(proximal_map, qset, y, lam) - q) for lam in (0.0, 0.3, 1.0, 4.0, 1e3)]
     assert (np.diff(away, axis=0) <= 1e-6).all()
     assert (away[0] <= np.abs(y - q) + 1e-6).all()
 
 
-def test_piecewise_affine_at_zero_cuts_off_at_the_last_levels():
+@every_set
+def test_piecewise_affine_at_zero_cuts_off_at_the_last_levels(qset):
     y = weights(8, 6)
-    s = float(results(brx.Uniform(3), y).quantized.scale.item())
-    w = applied(brx.PiecewiseAffine(), brx.Uniform(3), y, 0.0)
-    np.testing.assert_allclose(w, np.clip(y, -3 * s, 3 * s), atol=1e-6)
+    last = qset.levels[-1] * scales(qset, y)
+    w = applied(brx.PiecewiseAffine(), qset, y, 0.0)
+    np.testing.assert_allclose(w, np.clip(y, -last, last), atol=1e-6)
 
 
 def test_piecewise_affine_holds_weights_between_the_cut_and_halfway_at_the_midpoint():
     qset = brx.TernaryThreshold(0.2)
     y = np.array([0.3, -0.4, 3.0, -2.0, 0.01], np.float32)
-    s = scales(qset, y)[0]
-    w = applied(brx.PiecewiseAffine(), qset, y, 1e6)
-    np.testing.assert_allclose(w, [s / 2, -s / 2, s, -s, 0], rtol=1e-5)
-    np.testing.assert_array_equal(applied(brx.PiecewiseAffine(), qset, y, np.inf), qset.project(y))
+    apply = jax.jit(lambda y, lam: brx.PiecewiseAffine().apply(y, qset, lam))
+    s = np.mean([0.3, 0.4, 3.0, 2.0])
+    np.testing.assert_allclose(apply(y, 1e6), [s / 2, -s / 2, s, -s, 0], rtol=1e-5)
+    np.testing.assert_array_equal(apply(y, np.inf), qset.project(y))
 
 
 @jax.jit

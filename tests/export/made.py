@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import brelax_jax as brx
+from tests.helpers.training import array
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -21,9 +22,7 @@ def quantized(magnitudes, shape, groups, binary=False, scale_dtype="float32", se
     scale = scale.astype(jnp.dtype(scale_dtype)).astype(np.float32)
     if scale.size > 1:
         scale.flat[0] = 0
-    return brx.Quantized(
-        jnp.asarray(codes, jnp.int8), jnp.asarray(scale), magnitudes, dtype or jnp.float32
-    )
+    return brx.Quantized(array(codes, "int8"), array(scale), magnitudes, dtype or jnp.float32)
 
 
 def bits(w):

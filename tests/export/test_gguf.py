@@ -10,6 +10,7 @@ import pytest
 
 import brelax_jax as brx
 from tests.export.made import E2M1, bits, integers, quantized, weights
+from tests.helpers.training import array
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -99,13 +100,9 @@ def test_smallest_and_largest_scales():
     }.items():
         magnitudes, block, _, _ = CASES[name]
         codes = np.arange(2 * block)[:, None] % (2 * len(magnitudes) - 1) - len(magnitudes) + 1
-        given = brx.Quantized(
-            jnp.int8(codes), jnp.float32(scales)[:, None], magnitudes, jnp.float32
-        )
-        if name == "nvfp4":  # its blocks are of 64 weights
-            given = brx.Quantized(
-                jnp.tile(given.codes, (2, 1)), jnp.tile(given.scale, (2, 1)), magnitudes, "float32"
-            )
+        times = (2, 1) if name == "nvfp4" else 1  # its blocks are of 64 weights
+        codes, scales = np.tile(codes, times), np.tile(np.array(scales)[:, None], times)
+        given = brx.Quantized(array(codes, "int8"), array(scales), magnitudes, jnp.float32)
         content = brx.export.gguf_tensor(given, name)
         np.testing.assert_array_equal(bits(by_gguf(name, content)), bits(weights(given).T))
 
@@ -131,7 +128,7 @@ def test_what_a_format_cannot_hold_is_refused():
     exact = quantized(integers(1), (IN, OUT), (1, OUT), scale_dtype="float32")
     assert "2 of its scales are no float16 values" in refused("q4_0", exact)
     assert "scale_dtype='float8_e8m0fnu'" in refused("mxfp4", exact)
-    huge = brx.Quantized(exact.codes, exact.scale + 70000, exact.magnitudes, "float32")
+    huge = brx.Quantized(exact.codes, np.asarray(exact.scale) + 70000, exact.magnitudes, "float32")
     assert "3 of its scales are no float16 values" in refused("q8_0", huge)
     inputs = quantized(integers(1), (IN, OUT), (IN, 1), scale_dtype="float16")
     assert "1 consecutive inputs share a scale" in refused("q4_0", inputs)
@@ -150,13 +147,17 @@ def test_what_is_no_quantized_kernel_is_refused():
     stacked = quantized(integers(1), (2, IN, OUT), (1, 1, 1), scale_dtype="float16")
     with pytest.raises(ValueError, match=r"takes a kernel \(in, out\), got .* \(2, 512, 3\)"):
         brx.export.gguf_tensor(stacked, "q4_0")
-    beyond = brx.Quantized(given.codes - 120, given.scale, given.magnitudes, "float32")
+    beyond = brx.Quantized(
+        np.asarray(given.codes) - np.int8(120), given.scale, given.magnitudes, "float32"
+    )
     with pytest.raises(ValueError, match="codes of `quantized` must be from -7 to 7"):
         brx.export.gguf_tensor(beyond, "q4_0")
     uneven = quantized((0.0, 0.3, 1.7), (IN, OUT), (1, 1))
     with pytest.raises(ValueError, match=r"levels .* whole numbers or halves, got"):
         brx.export.gguf_tensor(uneven, "q4_0")
-    broken = brx.Quantized(given.codes, given.scale * jnp.nan, given.magnitudes, "float32")
+    broken = brx.Quantized(
+        given.codes, np.nan * np.asarray(given.scale), given.magnitudes, "float32"
+    )
     with pytest.raises(ValueError, match="must be finite and not negative"):
         brx.export.gguf_tensor(broken, "q4_0")
 

@@ -82,7 +82,7 @@ def test_dequantized_are_codes_and_packed_ones_alike():
 
 def test_a_stack_is_packed_under_vmap():
     leaf = quantized(RNG, (3, 6), (1, 1), [1])
-    stack = jax.tree.map(lambda array: jnp.stack([array, -array]), leaf)
+    stack = jax.tree.map(lambda array: np.stack([array, -array]), jax.device_get(leaf))
     packed = jax.jit(jax.vmap(brx.pack))(stack)
     assert packed.data.shape == (2, 4)
     codes = jax.jit(jax.vmap(lambda packed: packed.unpack().codes))(packed)
