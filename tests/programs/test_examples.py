@@ -67,6 +67,12 @@ def trainer(digits, relaxed_run) -> Trainer:
     return loop.Trainer(relaxed_run, digits)
 
 
+@pytest.fixture
+def state(trainer, relaxed_run):
+    """As at the start of the run."""
+    return loop.start(trainer, Checkpoints(relaxed_run.directory), relaxed_run, resume=False)[1]
+
+
 # Models.
 
 
@@ -116,8 +122,7 @@ def test_a_run_ends_on_the_set_and_logs_both_evaluations(relaxed_run):
     assert result["test_deployed"] > 0.5
 
 
-def test_deployed_params_are_projected_and_have_statistics_of_their_own(trainer):
-    state = trainer.init()
+def test_deployed_params_are_projected_and_have_statistics_of_their_own(trainer, state):
     for batch in trainer.batches(1):
         state, _ = trainer.step(state, batch.images, batch.labels)
     params, statistics = deployed(trainer, state)
@@ -128,7 +133,7 @@ def test_deployed_params_are_projected_and_have_statistics_of_their_own(trainer)
         trainer._statistics(params, b.images, jnp.int32(i + 1))
         for i, b in zip(range(2), trainer.batches(0), strict=False)
     ]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *moments)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *jax.device_get(moments))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), statistics, mean
     )
@@ -155,8 +160,7 @@ def test_metrics_are_of_the_layers_that_the_run_ended_with(trainer, relaxed_run)
         assert (values["lam"], values["strength"]) == ("inf", 1)
 
 
-def test_flips_are_the_signs_that_a_step_changes(trainer):
-    state = trainer.init()
+def test_flips_are_the_signs_that_a_step_changes(trainer, state):
     for batch in [*trainer.batches(1)][:3]:
         before = report.leaves(brx.float_params(state.opt_state, state.params))
         before = {path: np.array(y) >= 0 for path, y in before.items()}
@@ -182,15 +186,12 @@ def test_without_metrics_nothing_is_tracked_or_drawn(digits, float_run, relaxed_
     assert not list(Path(relaxed_run.directory).glob(events.FILES))  # nor asked for
 
 
-def test_evaluation_counts_each_image_once(trainer, digits):
-    state = trainer.init()
-    few = digits.test[np.arange(50)]
+def test_evaluation_counts_each_image_once(trainer, state, digits):
+    few = digits.test
     accuracy = trainer.evaluate(state.params, state.batch_stats, few)
-    assert round(accuracy * 50, 5) == round(accuracy * 50)
+    assert round(accuracy * 450, 5) == round(accuracy * 450)
     assert 0 < accuracy < 1, "there is nothing to test"
-    many = data.Split(
-        np.concatenate([few.images] * 14), np.concatenate([few.labels] * 14)
-    )  # 700: two parts
+    many = few[np.tile(np.arange(450), 2)]  # 900: two parts
     assert trainer.evaluate(state.params, state.batch_stats, many) == pytest.approx(accuracy)
 
 
