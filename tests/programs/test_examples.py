@@ -27,7 +27,9 @@ from examples.train.steps import Trainer
 from tests.helpers import covering
 from tests.helpers.killed import TINY as TINY_MODEL
 
-TINY = Config(epochs=2, batch=64, train_examples=256, validation=0.2, statistics_batches=2)
+TINY = Config(
+    epochs=2, batch=64, train_examples=256, validation=0.2, statistics_batches=2, checkpoint_every=2
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +53,9 @@ def float_run(digits, tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def relaxed_run(digits, float_run, tmp_path_factory) -> Config:
     out = str(tmp_path_factory.mktemp("runs") / "binary")
-    config = dataclasses.replace(TINY, epochs=4, set="binary", warm_start=float_run, out=out)
+    config = dataclasses.replace(
+        TINY, epochs=4, checkpoint_every=3, set="binary", warm_start=float_run, out=out
+    )
     loaded: list[float] = []
 
     def finish(trainer, state):
