@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,15 +22,19 @@ from examples.train.checkpoints import Checkpoints
 from examples.train.config import Config
 from examples.train.data import load as data
 from examples.train.loop import deployed, layer_metrics, run
-from examples.train.models import MODELS, make_model
+from examples.train.models import MODELS, Cnn, make_model
 from examples.train.optimizer import layer_sets
 from examples.train.steps import Trainer
 from tests.helpers import covering
 from tests.helpers.killed import TINY as TINY_MODEL
 
+SLIM = "slim"
+NETWORKS = sorted({*MODELS} - {TINY_MODEL})
+MODELS[SLIM] = partial(Cnn, widths=(8, 16, 16, 32))
 TINY = Config(
-    epochs=2, batch=64, train_examples=256, validation=0.2, statistics_batches=2, checkpoint_every=2
-)
+    model=SLIM, epochs=2, batch=32, train_examples=256, validation=0.2, statistics_batches=2,
+    checkpoint_every=2,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,10 +85,7 @@ def state(trainer, relaxed_run):
 # Models.
 
 
-@pytest.mark.parametrize(
-    "name",
-    covering.some(sorted({*MODELS} - {TINY_MODEL}), ["cnn", "resnet8", "resnet50", "vgg11"]),
-)
+@pytest.mark.parametrize("name", covering.some(NETWORKS, ["cnn", "resnet8", "resnet50", "vgg11"]))
 def test_models(name):
     shortcuts = {"resnet18": 3, "resnet50": 4}
     side, channels = (8, 1) if name == "cnn" else (224 if name in shortcuts else 32, 3)
@@ -148,7 +150,7 @@ def test_deployed_params_are_projected_and_have_statistics_of_their_own(trainer,
 
 def test_metrics_are_of_the_layers_that_the_run_ended_with(trainer, relaxed_run):
     lines = [line for line in read(Log(relaxed_run.directory).path) if line["kind"] == "metrics"]
-    assert [line["step"] for line in lines] == [4, 8, 12, 16]  # once an epoch, unless told
+    assert [line["step"] for line in lines] == [8, 16, 24, 32]  # once an epoch, unless told
     _, state = Checkpoints(relaxed_run.directory).restore(trainer.abstract_state(), relaxed_run)
     floats = report.leaves(brx.float_params(state.opt_state, state.params))
     assert len(lines[-1]["layers"]) == 4
@@ -181,10 +183,10 @@ def test_without_metrics_nothing_is_tracked_or_drawn(digits, float_run, relaxed_
         state = Trainer(dataclasses.replace(relaxed_run, **changes), digits).abstract_state()
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
-    kernels = 144 + 4608 + 9216 + 18432
+    kernels = 72 + 1152 + 2304 + 4608
     tracked = bytes_of() - bytes_of(metrics_every=0)
     assert tracked == pytest.approx(kernels, rel=1e-3)  # a byte a weight
-    assert not dataclasses.replace(TINY, metrics_every=0).metrics_due(8, steps_per_epoch=4)
+    assert not dataclasses.replace(TINY, metrics_every=0).metrics_due(16, steps_per_epoch=8)
     assert plots.plot_metrics(float_run, tmp_path / "metrics.png") is None
     assert not (tmp_path / "metrics.png").exists()
     assert not list(Path(relaxed_run.directory).glob(events.FILES))  # nor asked for
@@ -249,7 +251,7 @@ def test_warm_start(trainer, digits, float_run, tmp_path):
         lines[-1]["test_current"], abs=1e-6
     )
     with pytest.raises(
-        ValueError, match=r"(?s)another network.*model: 'cnn' there, 'resnet8' here"
+        ValueError, match=r"(?s)another network.*model: 'slim' there, 'resnet8' here"
     ):
         Checkpoints(float_run).restore_model(
             trainer.abstract_state(), dataclasses.replace(config, model="resnet8")
