@@ -20,6 +20,7 @@ from flax import core, struct
 import brelax_jax as brx
 from tests.helpers import covering
 from tests.helpers.exactness import fresh_state
+from tests.helpers.training import array
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -78,7 +79,7 @@ part = pytest.mark.parametrize("in_suite", covering.some([True, False], [True]))
 
 def noise(seed, *shape):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.standard_normal(shape), "float32") for name in SETS}
+    return {name: array(rng.standard_normal(shape)) for name in SETS}
 
 
 OPTIMIZERS = {name: make(RULES) for name, make in TRANSFORMATIONS.items()}
