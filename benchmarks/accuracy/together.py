@@ -88,11 +88,12 @@ class Team:
         self.trainer = Trainer(self.config, data)
         self.trainer.model = self.trainer.model.clone(convolve=convolution_as_product)
         self._numbers = {
-            name: jnp.array([getattr(config, name) for config in configs]) for name in NUMBERS
+            name: jax.device_put(np.array([getattr(config, name) for config in configs]))
+            for name in NUMBERS
         }
         splits = {"train": data.train, "validation": data.validation, "test": data.test}
         self._splits: dict[str, Arrays] = {
-            name: (jnp.asarray(split.images), jnp.asarray(split.labels))
+            name: jax.device_put((split.images, split.labels))
             for name, split in splits.items()
             if isinstance(split, Split)
         }
@@ -151,7 +152,7 @@ class Team:
         if not self.config.deploys_as_trained:
             params, _ = self.deployed(state)
         for member, (log, config) in enumerate(zip(self.logs, self.configs, strict=True)):
-            ours = jax.tree.map(jnp.asarray, member_of(state, member))
+            ours = jax.device_put(member_of(state, member))
             Checkpoints(config.directory).save(config.epochs, ours, config)
             held = what_is_held(member_of(params, member), config)
             log.write("result", epoch=config.epochs, **accuracies[member], **held)

@@ -37,7 +37,7 @@ class Trained(NamedTuple):
 
 def one_of(stacked: Any, i: int) -> Any:
     """One seed's part of the arrays of all, cut out by NumPy: that compiles nothing."""
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[i]), stacked)
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[i], stacked))
 
 
 class Trainer:

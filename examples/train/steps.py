@@ -73,7 +73,7 @@ class Trainer:
         self.images_per_epoch = config.images_per_epoch(len(data.train))
         self.learning_rate = learning_rate(config, self.steps_per_epoch)
         self.optimizer = make_optimizer(config, self.steps_per_epoch)
-        self.mean, self.std = map(jnp.asarray, data.channel_moments)
+        self.mean, self.std = jax.device_put(data.channel_moments)
         mesh = make_mesh(config.mesh)
         self._rows = mesh.shape["data"]
         if self.batch % self._rows:
@@ -132,7 +132,7 @@ class Trainer:
         """
         batches = itertools.islice(self.batches(epoch=0), self.config.statistics_batches)
         collected = [
-            self._statistics(params, batch.images, jnp.int32(number))
+            self._statistics(params, batch.images, np.int32(number))
             for number, batch in enumerate(batches, start=1)
         ]
         return self._mean(*collected)
