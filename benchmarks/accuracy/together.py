@@ -73,8 +73,8 @@ def train_together(runs: Sequence[Run], data: Data, progress: Progress) -> None:
 
 
 def member_of(tree: Any, member: int) -> Any:
-    """One member's part of what a team holds."""
-    return jax.tree.map(lambda x: x[member], tree)
+    """One member's part of what a team holds, cut out by NumPy: that compiles nothing."""
+    return jax.tree.map(lambda x: np.asarray(x)[member], tree)
 
 
 class Team:
@@ -88,11 +88,12 @@ class Team:
         self.trainer = Trainer(self.config, data)
         self.trainer.model = self.trainer.model.clone(convolve=convolution_as_product)
         self._numbers = {
-            name: jnp.array([getattr(config, name) for config in configs]) for name in NUMBERS
+            name: jax.device_put(np.array([getattr(config, name) for config in configs]))
+            for name in NUMBERS
         }
         splits = {"train": data.train, "validation": data.validation, "test": data.test}
         self._splits: dict[str, Arrays] = {
-            name: (jnp.asarray(split.images), jnp.asarray(split.labels))
+            name: jax.device_put((split.images, split.labels))
             for name, split in splits.items()
             if isinstance(split, Split)
         }
@@ -111,14 +112,15 @@ class Team:
             Checkpoints(str(config.warm_start)).restore_model(like, config)
             for config in self.configs
         ]
-        model = jax.tree.map(lambda *each: jnp.stack(each), *models)
+        model = jax.tree.map(lambda *each: np.stack(each), *models)
         return jax.jit(jax.vmap(self.trainer.state_of))(model["params"], model["batch_stats"])
 
     def train_epoch(self, state: TrainState, epoch: int) -> TrainState:
         """An epoch of all members, and its lines in their logs."""
         begin, step = time.perf_counter(), epoch * self.trainer.steps_per_epoch
         state, sums = self._epoch(state, self._numbers, self._orders(epoch), self._splits["train"])
-        losses, shares = jax.device_get((sums.loss / sums.images, sums.correct / sums.images))
+        sums = jax.device_get(sums)
+        losses, shares = sums.loss / sums.images, sums.correct / sums.images
         seconds = (time.perf_counter() - begin) / len(self.configs)
         accuracies = self._accuracies(state, "validation" if len(self.data.validation) else "test")
         metrics = self._layers(state)
@@ -150,8 +152,9 @@ class Team:
         if not self.config.deploys_as_trained:
             params, _ = self.deployed(state)
         for member, (log, config) in enumerate(zip(self.logs, self.configs, strict=True)):
-            Checkpoints(config.directory).save(config.epochs, member_of(state, member), config)
-            held = what_is_held(jax.device_get(member_of(params, member)), config)
+            ours = jax.device_put(member_of(state, member))
+            Checkpoints(config.directory).save(config.epochs, ours, config)
+            held = what_is_held(member_of(params, member), config)
             log.write("result", epoch=config.epochs, **accuracies[member], **held)
 
     def deployed(self, state: TrainState) -> tuple[Any, Any]:

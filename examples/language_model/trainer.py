@@ -35,6 +35,11 @@ class Trained(NamedTuple):
     curve: dict[int, float]
 
 
+def one_of(stacked: Any, i: int) -> Any:
+    """One seed's part of the arrays of all, cut out by NumPy: that compiles nothing."""
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[i], stacked))
+
+
 class Trainer:
     """The networks and the text, with the jitted functions over them.
 
@@ -70,7 +75,7 @@ class Trainer:
         All networks that start from another see the same batches of a seed.
         """
         network, settings = self.networks[name], self.settings
-        stacked = jax.tree.map(lambda *each: jnp.stack(each), *params)
+        stacked = jax.tree.map(lambda *each: np.stack(each), *params)
         state = jax.jit(jax.vmap(network.optimizer.init))(stacked)
         curves: list[dict[int, float]] = [{} for _ in seeds]
         for count in range(network.before, last := network.before + network.steps):
@@ -91,7 +96,7 @@ class Trainer:
         return [
             Trained(
                 self._deployed(network, stacked, state, i),
-                jax.tree.map(lambda x, i=i: x[i], state),
+                one_of(state, i),
                 curve,
             )
             for i, curve in enumerate(curves)
@@ -101,7 +106,7 @@ class Trainer:
         """The params of one seed, on their sets if they have any."""
         if network.word is not None:
             stacked = self.quantized(state, stacked)
-        return jax.tree.map(lambda x: x[i], stacked)
+        return one_of(stacked, i)
 
     def bits_per_character(self, params: Any, codes: Codes) -> float:
         """Mean of −log₂ p of each character but the first."""

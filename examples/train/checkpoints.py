@@ -76,8 +76,11 @@ class Checkpoints:
                     + "\n  ".join(changed)
                     + "\nGive the settings that it was made with, or another --out."
                 )
-            self._check_version(epoch)
-            found = self._arrays(epoch, sums, model=model, rest=rest)
+            try:
+                found = self._arrays(epoch, sums, model=model, rest=rest)
+            except Exception:
+                self._check_version(epoch)
+                raise
             return TrainState(**found["model"], **found["rest"])
 
         found = self._last_whole(read)

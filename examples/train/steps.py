@@ -73,7 +73,7 @@ class Trainer:
         self.images_per_epoch = config.images_per_epoch(len(data.train))
         self.learning_rate = learning_rate(config, self.steps_per_epoch)
         self.optimizer = make_optimizer(config, self.steps_per_epoch)
-        self.mean, self.std = map(jnp.asarray, data.channel_moments)
+        self.mean, self.std = jax.device_put(data.channel_moments)
         mesh = make_mesh(config.mesh)
         self._rows = mesh.shape["data"]
         if self.batch % self._rows:
@@ -132,10 +132,10 @@ class Trainer:
         """
         batches = itertools.islice(self.batches(epoch=0), self.config.statistics_batches)
         collected = [
-            self._statistics(params, batch.images, jnp.int32(number))
+            self._statistics(params, batch.images, np.int32(number))
             for number, batch in enumerate(batches, start=1)
         ]
-        return jax.tree.map(lambda *each: sum(each) / len(each), *collected)
+        return self._mean(*collected)
 
     def _jit(self, states: Any, batches: Any, whole: Any) -> None:
         """Makes the jitted functions, with the shardings of what they take and give."""
@@ -160,6 +160,7 @@ class Trainer:
             in_shardings=(states.params, batches, whole),
             out_shardings=states.batch_stats,
         )
+        self._mean = jax.jit(mean_of_trees, out_shardings=states.batch_stats)
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
@@ -226,3 +227,8 @@ class Trainer:
         return forgetful.apply({"params": params}, inputs, train=True, mutable=["batch_stats"])[1][
             "batch_stats"
         ]
+
+
+def mean_of_trees(*trees: Any) -> Any:
+    """The mean of each array over trees."""
+    return jax.tree.map(lambda *each: sum(each) / len(each), *trees)

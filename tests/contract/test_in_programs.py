@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import brelax_jax as brx
 from tests.contract.test_transformations import TRANSFORMATIONS
 from tests.helpers import covering
+from tests.helpers.training import array
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 RULES = brx.select(
@@ -34,8 +35,8 @@ def weights(seed=0):
     rng = np.random.default_rng(seed)
     return {
         layer: {
-            "kernel": jnp.asarray(rng.standard_normal((4, 6)), "float32"),
-            "bias": jnp.asarray(rng.standard_normal(6), "float32"),
+            "kernel": array(rng.standard_normal((4, 6))),
+            "bias": array(rng.standard_normal(6)),
         }
         for layer in ("first", "second", "third")
     }

@@ -11,7 +11,6 @@ import itertools
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -20,6 +19,7 @@ from flax import core, struct
 import brelax_jax as brx
 from tests.helpers import covering
 from tests.helpers.exactness import fresh_state
+from tests.helpers.training import array, ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -78,7 +78,7 @@ part = pytest.mark.parametrize("in_suite", covering.some([True, False], [True]))
 
 def noise(seed, *shape):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.standard_normal(shape), "float32") for name in SETS}
+    return {name: array(rng.standard_normal(shape)) for name in SETS}
 
 
 OPTIMIZERS = {name: make(RULES) for name, make in TRANSFORMATIONS.items()}
@@ -114,7 +114,7 @@ donating_step = jax.jit(step, donate_argnums=(1, 2))
 def for_each(params, in_suite):
     """The params of each transformation, for its sets of the suite or the others."""
     return {
-        name: {qset: jnp.copy(w) for qset, w in params.items() if (qset in sets) == in_suite}
+        name: {qset: array(w) for qset, w in params.items() if (qset in sets) == in_suite}
         for name, sets in IN_SUITE.items()
     }
 
@@ -135,9 +135,11 @@ def run(kind, in_suite):
     """`stepped` from weights of one kind."""
     start, grads = noise(0, *SHAPE), noise(1, STEPS, *SHAPE)
     if kind == "zero":
-        return stepped(*jax.tree.map(jnp.zeros_like, (start, grads)), in_suite)
+        return stepped(*jax.tree.map(np.zeros_like, (start, grads)), in_suite)
     if kind != "normal":
-        start = {name: w.at[3, 1].set(float(kind)) for name, w in start.items()}
+        start = jax.tree.map(np.array, start)
+        for w in start.values():
+            w[3, 1] = float(kind)
     return stepped(start, grads, in_suite)
 
 
@@ -159,7 +161,7 @@ def vmapped_scan(names, in_suite):
     grads = [noise(seed, STEPS, *SHAPE) for seed in (1, 3)]
     states = [init(p) for p in params]
     seeds = (
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, states, grads)
+        jax.tree.map(lambda *leaves: np.stack(leaves), *trees) for trees in (params, states, grads)
     )
     params, quantized = jax.tree.map(np.array, jax.jit(jax.vmap(train))(*seeds))
     return {name: (params[name], quantized[name]) for name in names}
@@ -324,7 +326,7 @@ def test_params_are_needed(name):
 def test_a_leaf_that_does_not_fit_is_named(name, qset):
     bad = dataclasses.replace(SETS[qset], granularity=brx.PerBlock(5, axis=0))
     with pytest.raises(ValueError, match=r"'layer/kernel'.*does not divide axis 0"):
-        TRANSFORMATIONS[name](bad).init({"layer": {"kernel": jnp.ones(SHAPE)}})
+        TRANSFORMATIONS[name](bad).init({"layer": {"kernel": ones(*SHAPE)}})
 
 
 @every_transformation
@@ -342,7 +344,7 @@ def test_it_is_a_transformation_with_extra_arguments(name):
 def test_extra_arguments_reach_the_base(name):
     """The size of a Polyak step is the loss by the squared norm of the gradients."""
     optimizer = FROM_BASE[name](optax.polyak_sgd(max_learning_rate=10.0), brx.Binary())
-    params, grads = {"a": jnp.eye(2)}, {"a": jnp.ones((2, 2))}
+    params, grads = {"a": array(np.eye(2))}, {"a": ones(2, 2)}
     _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params, value=2.0)
-    wanted = jnp.eye(2) - 2.0 / 4
+    wanted = np.eye(2) - 2.0 / 4
     np.testing.assert_allclose(brx.float_params(state, params)["a"], wanted, rtol=1e-5)

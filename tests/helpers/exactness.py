@@ -1,11 +1,11 @@
 """What the tests of exact params share: groups, bits, and when params are exact."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import brelax_jax as brx
+from tests.helpers.training import array
 
 
 def rules(leaves):
@@ -17,9 +17,9 @@ def fresh_state(shapes, params):
     """As `init`, whose shapes are given, but for its scales: of no concern here, and as long to
     compile as an update.
     """
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: array(np.zeros(leaf.shape), leaf.dtype), shapes)
     floats = optax.tree.get(shapes, "float_params")
-    floats = jax.tree.map(lambda y, p: jnp.array(p, y.dtype), floats, params)
+    floats = jax.tree.map(lambda y, p: array(p, y.dtype), floats, params)
     return optax.tree.set(zeros, float_params=floats)
 
 

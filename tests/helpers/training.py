@@ -16,7 +16,7 @@ import brelax_jax as brx
 
 def array(values, dtype="float32"):
     """An array of JAX for which nothing is compiled, as for those that `jnp` makes."""
-    return jnp.asarray(np.asarray(values).astype(dtype))
+    return jax.device_put(np.asarray(values).astype(dtype))
 
 
 def ones(*shape):

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from examples.runs import events
+from examples.runs import events, plots
 from examples.runs.log import Log, read
 from examples.train import __main__ as train
 from examples.train import cli, loop
@@ -54,8 +55,12 @@ def start(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory) -> Config:
-    return settled(tmp_path_factory.mktemp("whole") / "run", start)
+def uninterrupted(start, tmp_path_factory) -> Iterator[Config]:
+    config = settled(tmp_path_factory.mktemp("whole") / "run", start)
+    with pytest.MonkeyPatch.context() as patch:  # the pictures of equal logs are the same
+        patch.setattr(plots, "plot_runs", lambda *_: None)
+        patch.setattr(plots, "plot_metrics", lambda *_: None)
+        yield config
 
 
 @pytest.fixture(scope="module")

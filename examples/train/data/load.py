@@ -4,6 +4,7 @@ memory if it is small.
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,15 @@ from tqdm import tqdm
 
 from examples.runs import datasets
 from examples.runs.progress import BAR
-from examples.train.data.splits import AnySplit, Indices, Split, Stream, centre_box, resized
+from examples.train.data.splits import (
+    AnySplit,
+    Indices,
+    Split,
+    Stream,
+    centre_box,
+    picture_of,
+    resized,
+)
 
 SPLIT_SEED = 0  # the same splits for every run, whatever its seed
 IN_MEMORY = 4 * 2**30  # bytes of training images, decoded, beyond which they are not kept
@@ -82,6 +91,7 @@ class Encoded:
         if indices is None:
             indices = np.arange(len(self))
         images, labels = [], []
+        channels = self.builder.info.features["image"].shape[-1]
         with tqdm(
             total=len(indices),
             desc=f"reading {self.builder.name} {self.split}",
@@ -89,9 +99,9 @@ class Encoded:
             unit="img",
             disable=None if progress else True,
         ) as bar:
-            for row in _rows(self.builder.as_data_source(split=self.split), indices):
+            for row in _rows(_encoded(self.builder, self.split), indices):
                 labels.append(row["label"])
-                images.append(_resized(row["image"], side))
+                images.append(_resized(picture_of(row["image"], channels), side))
                 bar.update()
         if len({image.shape for image in images}) > 1:
             raise ValueError(
@@ -168,13 +178,16 @@ def _divided(split: AnySplit | Encoded, share: float) -> tuple[Indices, Indices]
     return np.sort(kept), np.sort(held_out)
 
 
+@functools.cache
 def _digits(image_size: int | None) -> tuple[Split, Split, int]:
     """1,797 handwritten digits of 8 by 8 pixels, a quarter of them for the test."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     images = (digits.images * 255 / 16).round().astype(np.uint8)[..., None]
-    images = np.stack([_resized(image, image_size) for image in images])
+    if image_size is not None:
+        pictures = map(Image.fromarray, images[..., 0])
+        images = np.stack([_resized(picture, image_size) for picture in pictures])
     everything = Split(images, digits.target.astype(np.int32))
     train, test = _divided(everything, 0.25)
     return everything[train], everything[test], 10
@@ -261,10 +274,9 @@ def _streamed(builder: Any, split: str, image_size: int | None) -> Stream:
     return Stream(name, source, side, channels, np.arange(len(source)))
 
 
-def _resized(image: NDArray[np.uint8], side: int | None) -> NDArray[np.uint8]:
-    """The centre square of an image, resized; the image itself if no side is given."""
-    height, width, channels = image.shape
+def _resized(picture: Image.Image, side: int | None) -> NDArray[np.uint8]:
+    """The centre square of a picture, resized; all of the picture if no side is given."""
+    width, height = picture.size
     if side is None or (height, width) == (side, side):
-        return image
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+        return np.asarray(picture).reshape(height, width, -1)
     return resized(picture, centre_box(width, height, 1), side)

@@ -106,8 +106,7 @@ class Stream:
     def _decoded(self, index: int, key: Key | None) -> tuple[NDArray[np.uint8], int]:
         record = self.source[index]
         try:
-            picture = Image.open(io.BytesIO(record["image"]))
-            picture = picture.convert(MODES[self.channels])
+            picture = picture_of(record["image"], self.channels)
         except (OSError, SyntaxError) as error:
             raise ValueError(f"Image {index} of {self.name} cannot be read: {error}") from None
         if key is None:
@@ -123,6 +122,11 @@ AnySplit = Split | Stream
 def _gathered(images: list[Future[tuple[NDArray[np.uint8], int]]]) -> Split:
     pixels, labels = zip(*(image.result() for image in images), strict=True)
     return Split(np.stack(pixels), np.array(labels, np.int32))
+
+
+def picture_of(image: bytes, channels: int) -> Image.Image:
+    """The picture in a file's bytes."""
+    return Image.open(io.BytesIO(image)).convert(MODES[channels])
 
 
 def resized(picture: Image.Image, box: Box, side: int) -> NDArray[np.uint8]:
