@@ -41,7 +41,8 @@ def blank_fit(qset: QuantizedSet, y: Array) -> Fit:
     if isinstance(y, jax.core.Tracer) or len(y.devices()) > 1:
         return _reduced_zeros(qset, y)
     shape, dtype = qset.granularity.groups(y.shape).scale, compute_dtype(y.dtype)
-    zero = jax.device_put(np.zeros(shape, dtype), *y.devices())  # compiles nothing
+    device = y.sharding if y.committed else None  # else the second update is compiled anew
+    zero = jax.device_put(np.zeros(shape, dtype), device)  # compiles nothing
     return Fit(zero, zero if _has_code_scale(qset, y) else None)
 
 

@@ -173,6 +173,15 @@ def test_float_copies_are_copies():
     chex.assert_trees_all_equal_structs(after, optimizer.init(params))
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_state_is_committed_to_a_device_only_where_its_params_are(committed):
+    """Else the second update, whose state is committed altogether, would be compiled anew."""
+    params = jax.device_put(make_params(), jax.devices()[0] if committed else None)
+    state = relaxing().init(params)
+    for leaf in jax.tree.leaves((state.float_params, state.scales)):
+        assert leaf.committed == committed
+
+
 def stable(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
 
