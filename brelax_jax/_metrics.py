@@ -1,5 +1,6 @@
 """What to watch in a long run: how far weights are from their sets, and whether they oscillate."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,6 +110,7 @@ def _share(qset: QuantizedSet, condition: Array) -> Array:
     return whole.mean(condition.astype(jnp.float32)).reshape(())
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _occupancy(qset: QuantizedSet, codes: Array) -> Array:
     """The share of weights at each level; that of the last is what the others leave."""
     levels = jnp.asarray(_codes_of_levels(qset.levels), codes.dtype)
@@ -123,6 +125,7 @@ def _codes_of_levels(levels: Sequence[float]) -> list[int]:
     return [place.get(level, -place.get(-level, 0)) for level in levels]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _relative_distance(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
     """‖y − proj(y)‖/‖y‖, in units of the largest entry, because squares may overflow or vanish."""
     whole = qset.granularity.groups(y.shape).whole

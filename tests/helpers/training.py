@@ -27,10 +27,10 @@ def normal(seed, *shape, dtype="float32"):
     return array(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def spoilt(x, place):
-    """A copy with a NaN."""
+def spoilt(x, place, value=np.nan):
+    """A copy with another value at a place."""
     x = np.array(x)
-    x[place] = np.nan
+    x[place] = value
     return x
 
 

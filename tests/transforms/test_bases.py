@@ -1,6 +1,6 @@
 """Base optimizers inside `binary_relax`: they act on the float weights, and the params end exact.
 
-One compiled program runs the bases of the suite alone, in the wrapper and in the chain.
+One compiled program runs a base alone, in the wrapper and in the chain.
 """
 
 import functools
@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from brelax_jax.transforms._state import find_states
 from tests.helpers import covering
 from tests.helpers.training import normal, trace_of
 
@@ -82,46 +83,44 @@ OPTIMIZERS = {
 }
 
 
-def step(carry, grads):
-    """One step of some bases in every form: base → form → (params, state), and what they left."""
-    trace = {name: {} for name in carry}
-    for name in carry:
-        for form, optimizer in OPTIMIZERS[name].items():
-            params, state = carry[name][form]
+@functools.partial(jax.jit, static_argnums=0)
+def trained(base, carry, grads):
+    """Params and the relaxation's state after each step, in every form."""
+
+    def step(carry, grads):
+        after, trace = {}, {}
+        for form, optimizer in OPTIMIZERS[base].items():
+            params, state = carry[form]
             updates, state = optimizer.update(grads, state, params)
             params = optax.apply_updates(params, updates)
-            carry[name][form] = params, state
-            trace[name][form] = {"params": params}
-            if form != "alone":
-                trace[name][form] |= {
-                    "floats": brx.float_params(state, params),
-                    "quantized": brx.quantized_params(state, params),
-                }
-    return carry, trace
+            after[form] = params, state
+            states = find_states(state) if form != "alone" else []
+            trace[form] = params, [state._replace(base_state=()) for state in states]
+        return after, trace
 
-
-@jax.jit
-def scanned(carry, grads):
     return jax.lax.scan(step, carry, grads)[1]
 
 
-def run(base, with_gradients=True):
-    """The trace of a base, at the same random gradients or at none."""
-    return run_all(base in IN_SUITE, with_gradients)[base]
+@jax.jit
+@jax.vmap
+def read(params, state):
+    return {
+        "params": params,
+        "floats": brx.float_params(state, params),
+        "quantized": brx.quantized_params(state, params),
+    }
 
 
 @functools.cache
-def run_all(in_suite, with_gradients):
-    """By base, for those of the suite or the others."""
+def run(base, with_gradients=True):
+    """The trace of a base in every form, at the same random gradients or at none."""
     params, grads = weights(0), weights(10, STEPS)
     if not with_gradients:
-        grads = jax.tree.map(jnp.zeros_like, grads)
-    carry = {
-        name: {form: (params, optimizer.init(params)) for form, optimizer in forms.items()}
-        for name, forms in OPTIMIZERS.items()
-        if (name in IN_SUITE) == in_suite
-    }
-    return jax.tree.map(np.asarray, scanned(carry, grads))
+        grads = jax.tree.map(np.zeros_like, grads)
+    carry = {form: (params, optimizer.init(params)) for form, optimizer in OPTIMIZERS[base].items()}
+    trace = trained(base, carry, grads)
+    found = {form: read(params, *state) for form, (params, state) in trace.items() if state}
+    return jax.tree.map(np.asarray, {"alone": {"params": trace["alone"][0]}} | found)
 
 
 @every_base
@@ -225,7 +224,7 @@ def searched(lam, count):
     """Params and state of either form after steps with the arguments of a line search."""
     params = {"kernel": normal(4, 4, 3)}
     carry = {form: (params, make(lam).init(params)) for form, make in SEARCHING.items()}
-    trace = [carry]
+    trace = [jax.tree.map(np.asarray, carry)]  # no weak types, which steps do not return
     for _ in range(count):
         trace.append(searching_step(trace[-1], lam))
     return {form: [carry[form] for carry in trace] for form in SEARCHING}

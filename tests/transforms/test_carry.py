@@ -1,5 +1,7 @@
 """A run goes on under another optimizer's rules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from tests.helpers.training import array, trace_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -18,20 +21,18 @@ def weights(seed=0, **shapes):
     rng = np.random.default_rng(seed)
     shapes = dict.fromkeys((*NAMES, "bias"), (8, 4)) | shapes
     floats = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    return jax.tree.map(lambda w: jnp.asarray(w, "float32"), floats)
+    return jax.tree.map(array, floats)
 
 
+@functools.cache
 def relaxing(rules, lam=1.0, base=BASE):
     return brx.binary_relax(base, rules, lam, 10, track_flips=True)
 
 
 def trained(optimizer, state, params, steps=3):
-    update = jax.jit(optimizer.update)
-    for step in range(steps):
-        grads = weights(step, **{name: p.shape for name, p in params.items()})
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+    shapes = {name: p.shape for name, p in params.items()}
+    grads = [weights(step, **shapes) for step in range(steps)]
+    return trace_of(optimizer, params, grads, state)[-1]
 
 
 ONLY_LOW = brx.select(("^low$", brx.Binary()))
@@ -72,8 +73,9 @@ def test_float_weights_base_state_and_count_are_carried_over(change):
     params, after = trained(new, after, params, 12)
     quantized = brx.quantized_params(after, params)
     for path, qset in after.sets.pairs:
-        np.testing.assert_array_equal(params[path], quantized[path])
-        groups = params[path].T if qset.granularity == brx.PerChannel() else [params[path]]
+        w = np.asarray(params[path])
+        np.testing.assert_array_equal(w, quantized[path])
+        groups = w.T if qset.granularity == brx.PerChannel() else [w]
         assert max(len(np.unique(group)) for group in groups) <= len(qset.levels)
 
 
@@ -108,9 +110,9 @@ def test_inside_of_wrappers():
 
 def test_bfloat16_params_that_are_quantized_only_now():
     """Their momentum was bfloat16, and is float32 as the float weights are."""
-    params = {name: w.astype(jnp.bfloat16) for name, w in weights().items()}
+    params = {name: array(w, "bfloat16") for name, w in weights().items()}
     old, new = map(relaxing, CHANGES["wider rules"])
-    _, state = old.update(params, old.init(params), params)
+    [(_, state)] = trace_of(old, params, [params])
     after = brx.with_rules(state, params, new)
     assert after.base_state[0].trace["high"].dtype == jnp.float32
     assert after.base_state[0].trace["bias"].dtype == jnp.bfloat16

@@ -8,6 +8,7 @@ import pytest
 
 import brelax_jax as brx
 from tests.helpers import quick
+from tests.helpers.training import array, ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -24,25 +25,27 @@ read = jax.jit(brx.metrics)
 
 def normal(seed, *shape):
     rng = np.random.default_rng(seed)
-    return {
-        name: {"kernel": jnp.asarray(rng.standard_normal(shape), "float32")}
-        for name in (*SETS, "plain")
-    }
+    return {name: {"kernel": array(rng.standard_normal(shape))} for name in (*SETS, "plain")}
 
 
 @pytest.fixture(scope="module")
 def trace():
-    """The state and params before and after each of some updates, and the metrics then."""
+    """The state before and after each of some updates, and what is read from it then."""
     optimizer = brx.binary_relax(
         optax.sgd(0.3), RULES, brx.linear_continuation(4), hard_from=3, track_flips=True
     )
+
+    @jax.jit
+    def read(*args):
+        return [read(*args) for read in (brx.metrics, brx.float_params, brx.quantized_params)]
+
     params = normal(0, 8, 6)
     state, update = quick.jit(optimizer.init)(params), quick.jit(optimizer.update)
-    trace = [(params, state, read(state, params))]
+    trace = [(state, *read(state, params))]
     for step in range(STEPS):
         updates, state = update(normal(1 + step, 8, 6), state, params)
         params = optax.apply_updates(params, updates)
-        trace.append((params, state, read(state, params)))
+        trace.append((state, *read(state, params)))
     return trace
 
 
@@ -57,12 +60,9 @@ def codes(qset, q, scale):
 def test_every_figure_is_what_its_name_says(name, trace):
     qset = SETS[name]
     before = None
-    for step, (params, state, found) in enumerate(trace):
+    for step, (_, found, *trees) in enumerate(trace):
         leaf = found[f"{name}/kernel"]
-        y, q = (
-            np.asarray(tree(state, params)[name]["kernel"], np.float64)
-            for tree in (brx.float_params, brx.quantized_params)
-        )
+        y, q = (np.asarray(tree[name]["kernel"], np.float64) for tree in trees)
         wanted = np.linalg.norm(y - q) / np.linalg.norm(y)
         np.testing.assert_allclose(leaf.distance, wanted, rtol=1e-4)
         now = codes(qset, q, leaf.scale)
@@ -79,7 +79,7 @@ def test_every_figure_is_what_its_name_says(name, trace):
 
 
 def test_only_quantized_leaves_are_there_and_each_has_the_lam_of_its_state(trace):
-    assert set(trace[0][2]) == {f"{name}/kernel" for name in SETS}
+    assert set(trace[0][1]) == {f"{name}/kernel" for name in SETS}
     optimizer = optax.partition(
         {
             "two": brx.relax_params(brx.Binary(), 1.0),
@@ -87,7 +87,7 @@ def test_only_quantized_leaves_are_there_and_each_has_the_lam_of_its_state(trace
         },
         {"a": "two", "c": "three"},
     )
-    params = {"a": jnp.ones((2, 2)), "c": jnp.eye(2)}
+    params = {"a": ones(2, 2), "c": array(np.eye(2))}
     init, update = quick.jit(optimizer.init), quick.jit(optimizer.update)
     _, state = update(params, init(params), params)
     found = brx.metrics(state, params)
@@ -110,22 +110,22 @@ def test_without_tracking_there_are_no_flips_and_no_memory_for_them():
 def test_a_state_that_goes_on_from_other_params_has_their_codes():
     """Flips are counted from the replaced weights on."""
     optimizer = brx.binary_connect(optax.sgd(1.0), brx.TernaryThreshold(), track_flips=True)
-    params = {"kernel": jnp.array([[3.0, -1.0, 0.1, 2.0]])}
-    other = jax.tree.map(lambda w: -w, params)
+    params = {"kernel": array([[3.0, -1.0, 0.1, 2.0]])}
+    other = {"kernel": array([[-3.0, 1.0, -0.1, -2.0]])}
     state = brx.with_float_params(quick.jit(optimizer.init)(params), params)
     replaced = brx.with_float_params(state, other)
     assert float(read(replaced, other)["kernel"].flips) == 0
     assert float(read(replaced._replace(codes=state.codes), other)["kernel"].flips) == 0.5
-    grads = jax.tree.map(lambda w: 2 * w, other)  # back to where they were
+    grads = {"kernel": array([[-6.0, 2.0, -0.2, -4.0]])}  # back to where they were
     _, after = quick.jit(optimizer.update)(grads, replaced, other)
     assert float(read(after, other)["kernel"].flips) == 0.5
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_the_distance_does_not_depend_on_the_size_of_the_weights(size):
-    w = {"kernel": normal(3, 8, 6)["plain"]["kernel"]}
+    w = {"kernel": np.asarray(normal(3, 8, 6)["plain"]["kernel"])}
     init = quick.jit(brx.binary_connect(optax.sgd(0.1), brx.TernaryThreshold()).init)
-    scaled = jax.tree.map(lambda x: x * size, w)
+    scaled = jax.tree.map(lambda x: array(x * np.float32(size)), w)
     wanted, found = (read(init(x), x)["kernel"].distance for x in (w, scaled))
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
     assert 0.3 < wanted < 0.6
@@ -133,11 +133,12 @@ def test_the_distance_does_not_depend_on_the_size_of_the_weights(size):
 
 def test_the_distance_where_a_scale_is_held_back():
     """A jump from 1e-30 to 1e30 takes several updates: meanwhile the set is far away."""
-    params = {"kernel": jnp.full((2, 2), 1e-30)}
+    params = {"kernel": array(np.full((2, 2), 1e-30))}
     optimizer = brx.binary_connect(optax.sgd(1.0), brx.Binary())
     state, update = quick.jit(optimizer.init)(params), quick.jit(optimizer.update)
     for step, size in enumerate([*[1e-30] * 3, *[1e30] * 2]):
-        grads = jax.tree.map(lambda y, size=size: y - size, brx.float_params(state, params))
+        y = np.asarray(brx.float_params(state, params)["kernel"])
+        grads = {"kernel": y - np.float32(size)}
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(read(state, params)["kernel"].distance, step > 2, atol=1e-5)
@@ -146,28 +147,28 @@ def test_the_distance_where_a_scale_is_held_back():
 def test_zeros_are_on_the_set_and_what_is_not_finite_shows():
     init = quick.jit(brx.binary_connect(optax.sgd(0.1), brx.Binary()).init)
     for value, wanted in ((0.0, 0.0), (2.0, 0.0), (np.nan, np.nan), (np.inf, np.nan)):
-        params = {"kernel": jnp.full((4, 4), value)}
+        params = {"kernel": array(np.full((4, 4), value))}
         state = init(params)
         leaf = read(state, params)["kernel"]
         np.testing.assert_allclose(leaf.distance, wanted, atol=2e-6)
 
 
 def test_bfloat16_params_have_metrics_in_float32():
-    params = {"kernel": normal(0, 8, 6)["plain"]["kernel"].astype("bfloat16")}
+    params = {"kernel": array(np.ones((8, 6)), "bfloat16")}
     state = brx.binary_connect(optax.sgd(0.1), brx.Binary(), track_flips=True).init(params)
     leaf = jax.eval_shape(brx.metrics, state, params)["kernel"]
     assert {part.dtype for part in leaf} == {jnp.dtype("float32")}
 
 
 def test_states_of_other_params_are_refused(trace):
-    _, state, _ = trace[0]
+    state, *_ = trace[0]
     with pytest.raises(ValueError, match="binary-channel/kernel"):
-        brx.metrics(state, {"other": jnp.ones(3)})
+        brx.metrics(state, {"other": ones(3)})
     with pytest.raises(ValueError, match="no state of binary_relax"):
         brx.metrics(optax.sgd(0.1).init({}), {})
 
 
 def test_they_are_a_tree_of_arrays(trace):
-    leaf = trace[-1][2]["uneven/kernel"]
+    leaf = trace[-1][1]["uneven/kernel"]
     assert isinstance(leaf, brx.LeafMetrics)
     assert all(isinstance(part, jax.Array) for part in leaf)

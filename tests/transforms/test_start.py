@@ -1,5 +1,7 @@
 """Weights that are loaded between `init` and the first update: training starts from them."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from flax.training import train_state
 
 import brelax_jax as brx
+from tests.helpers.training import array, trace_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -23,29 +26,24 @@ RULES = brx.select(*((f"^{name}$", qset) for name, qset in SETS.items()), defaul
 def weights(seed, factor=1.0):
     rng = np.random.default_rng(seed)
     params = {name: factor * rng.standard_normal((6, 4)) for name in SETS}
-    return jax.tree.map(lambda w: jnp.asarray(w, "float32"), params | {"bias": rng.normal(size=4)})
+    return jax.tree.map(array, params | {"bias": rng.normal(size=4)})
 
 
-def optimizer_of(lam=1.0, hard_from=None, lr=0.1):
+@functools.cache
+def optimizer_of(lam=1.0, hard_from=0, lr=0.1):
     base = optax.sgd(lr, momentum=0.9)
     return brx.binary_relax(base, RULES, lam, hard_from, track_flips=True)
 
 
 def trained(optimizer, state, params, steps):
-    update = jax.jit(optimizer.update)
-    trace = []
-    for step in range(steps):
-        updates, state = update(weights(10 + step), state, params)
-        params = optax.apply_updates(params, updates)
-        trace.append((params, state))
-    return trace
+    return trace_of(optimizer, params, [weights(10 + step) for step in range(steps)], state)
 
 
 def test_the_first_update_starts_from_the_params_that_it_is_given():
     """Bit for bit as if they had been there at `init`, scales, tolerance, flips and all; those of
     `init` are a million times larger, so that a scale held back or kept would show.
     """
-    optimizer = optimizer_of(hard_from=0)
+    optimizer = optimizer_of()
     loaded = weights(1)
     late = trained(optimizer, optimizer.init(weights(0, 1e6)), loaded, 4)
     wanted = trained(optimizer, optimizer.init(loaded), loaded, 4)
@@ -60,15 +58,19 @@ def test_the_first_update_starts_from_the_params_that_it_is_given():
 def test_until_then_everything_reads_the_params_that_are_given():
     optimizer, loaded = optimizer_of(), weights(1)
     late, right = optimizer.init(weights(0)), optimizer.init(loaded)
-    for read in (brx.float_params, brx.quantized_params, brx.quantized_tree, brx.metrics):
-        for transform in (lambda read: read, jax.jit):
-            wanted = transform(read)(right, loaded)
-            chex.assert_trees_all_equal(transform(read)(late, loaded), wanted)
-    found = brx.metrics(late, loaded)
+
+    def read(state, params):
+        reads = brx.float_params, brx.quantized_params, brx.quantized_tree, brx.metrics
+        return [read(state, params) for read in reads]
+
+    for transformed in (jax.jit(read), read):
+        wanted, got = transformed(right, loaded), transformed(late, loaded)
+        chex.assert_trees_all_equal(got, wanted)
+    _, quantized, _, found = got
     for name, qset in SETS.items():
         w = np.asarray(loaded[name])
         q = np.asarray(qset.project(loaded[name]))
-        np.testing.assert_allclose(brx.quantized_params(late, loaded)[name], q, rtol=1e-4)
+        np.testing.assert_allclose(quantized[name], q, rtol=1e-4)
         distance = np.linalg.norm(w - q) / np.linalg.norm(w)
         np.testing.assert_allclose(found[name].distance, distance, rtol=1e-3)
         assert found[name].flips == 0
@@ -114,9 +116,9 @@ def test_multi_steps_delay_the_first_update():
 
 def test_a_train_state_whose_params_are_replaced():
     fresh, loaded = weights(0), weights(1)
-    state = train_state.TrainState.create(apply_fn=None, params=fresh, tx=optimizer_of(lam=0.0))
+    state = train_state.TrainState.create(apply_fn=None, params=fresh, tx=optimizer_of(0.0, None))
     state = state.replace(params=loaded)
-    after = state.apply_gradients(grads=jax.tree.map(jnp.zeros_like, loaded))
+    after = state.apply_gradients(grads=jax.tree.map(np.zeros_like, loaded))
     chex.assert_trees_all_close(after.params, loaded, rtol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """Optax's tools for states, and JAX's strict modes: clean wherever `optax.adamw` is."""
 
 import contextlib
+import functools
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from optax.tree_utils import NamedTupleKey
 
 import brelax_jax as brx
 from tests.helpers import covering
-from tests.helpers.training import array
+from tests.helpers.training import array, trace_of
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -40,6 +41,11 @@ OPTIMIZERS = {
 }
 
 
+@functools.cache
+def optimizer_of(name):
+    return OPTIMIZERS[name](RULES)
+
+
 def two(*names):
     """The suite has two of the optimizers, `make soak` the others."""
     return pytest.mark.parametrize("name", covering.some(OPTIMIZERS, names))
@@ -51,7 +57,7 @@ def is_masked(node):
 
 @two("tracking", "last in a chain")
 def test_specs_of_a_whole_state_in_one_call(name):
-    optimizer = OPTIMIZERS[name](RULES)
+    optimizer = optimizer_of(name)
     state = jax.eval_shape(optimizer.init, PARAMS)
     specs = optax.tree.map_params(
         optimizer,
@@ -72,14 +78,11 @@ def test_specs_of_a_whole_state_in_one_call(name):
 
 @two("alone", "in MultiSteps")
 def test_zeros_in_the_place_of_what_is_like_params_leave_the_scales(name):
-    optimizer = OPTIMIZERS[name](RULES)
-    state, params = optimizer.init(PARAMS), PARAMS
-    for _ in range(2):
-        updates, state = jax.jit(optimizer.update)(params, state, params)
-        params = optax.apply_updates(params, updates)
-    mapped = optax.tree.map_params(optimizer, jnp.zeros_like, state)
+    optimizer = optimizer_of(name)
+    _, state = trace_of(optimizer, PARAMS, [PARAMS] * 2)[-1]
+    mapped = optax.tree.map_params(optimizer, np.zeros_like, state)
     before, after = (optax.tree.get(tree, "scales") for tree in (state, mapped))
-    for path, scale in before.items():
+    for path, scale in jax.tree.map(np.asarray, before).items():
         np.testing.assert_array_equal(after[path], scale)
         assert np.all(scale > 0)
     for y in jax.tree.leaves(optax.tree.get(mapped, "float_params")):
@@ -95,19 +98,16 @@ def of_ours(path, value):
 @two("in MultiSteps", "last in a chain")
 def test_get_and_set_of_count_and_lam(name):
     """Set, the count says where in the schedule the next update is; λ is that of the last one."""
-    optimizer = OPTIMIZERS[name](RULES)
+    optimizer = optimizer_of(name)
     state = optimizer.init(PARAMS)
     assert optax.tree.get(state, "count", filtering=of_ours) == 0
-    later = optax.tree.set(state, of_ours, count=jnp.array(100), lam=jnp.array(2.0))
+    later = optax.tree.set(state, of_ours, count=array(100, "int32"), lam=array(2.0))
     assert optax.tree.get(later, "count", filtering=of_ours) == 100
     assert brx.strength(later) == pytest.approx(2 / 3)
     counts = [leaf for _, leaf in optax.tree.get_all_with_path(later, "count")]
     assert len(counts) > 1
     assert sorted(set(map(int, counts))) == [0, 100]
-    params = PARAMS
-    for _ in range(2):  # MultiSteps updates in the second
-        updates, later = optimizer.update(PARAMS, later, params)
-        params = optax.apply_updates(params, updates)
+    _, later = trace_of(optimizer, PARAMS, [PARAMS] * 2, later)[-1]  # MultiSteps: in the second
     assert brx.strength(later) == 1
 
 
@@ -154,7 +154,7 @@ def test_strict_modes(mode):
     dtypes = ["float32", "bfloat16"] if mode == "dtypes" else ["float32"]
     sets = {"binary": EVERY_SET["binary"]} if mode == "no jit" else EVERY_SET
     params = {
-        f"{name} {dtype}": jnp.asarray(rng.standard_normal((4, 3)), dtype)
+        f"{name} {dtype}": array(rng.standard_normal((4, 3)), dtype)
         for name in sets
         for dtype in dtypes
     }
