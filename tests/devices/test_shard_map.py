@@ -190,8 +190,7 @@ if jax.device_count() >= meshes.DEVICES:
         for t in range(meshes.STEPS):
             params, state = step(params, state, *meshes.batch(t))
         meshes.assert_same(state, alone[-1][1], rtol=1e-4)
-        quantized = jax.jit(brx.quantized_params)(state, params)
-        jax.tree.map(np.testing.assert_array_equal, params, quantized)
+        jax.tree.map(np.testing.assert_array_equal, params, brx.quantized_params(state, params))
 
     @every_turn
     @pytest.mark.parametrize("checked", covering.some([True, False], [False]))
