@@ -109,7 +109,7 @@ def print_table(title: str, rows: dict[str, Row]) -> None:
 
 def update_times() -> None:
     """Measures update and apply, and prints the table."""
-    sgd = optax.sgd(1e-3, momentum=0.9)
+    sgd, by_mean = optax.sgd(1e-3, momentum=0.9), brx.MeanMagnitude(0.445, refit=False)
     optimizers = {
         "SGD with momentum": sgd,
         "binary, phase I": relax(sgd, brx.Binary(), 1.0, hard_from=10**6),
@@ -117,6 +117,8 @@ def update_times() -> None:
         "binary, PARQ": brx.parq(sgd, brx.Binary(), 1.0, hard_from=10**6),
         "ternary by threshold": relax(sgd, brx.TernaryThreshold(), 1.0, hard_from=10**6),
         "ternary": relax(sgd, brx.Ternary(), 1.0, hard_from=10**6),
+        "four bits by the mean": relax(sgd, brx.Uniform(4, rule=by_mean), 1.0, hard_from=10**6),
+        "four bits": relax(sgd, brx.Uniform(4), 1.0, hard_from=10**6),
     }
     params = weights(resnet18())
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
