@@ -7,6 +7,8 @@ import pytest
 
 import brelax_jax as brx
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 LAST = np.iinfo(np.int32).max
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import brelax_jax as brx
-from tests.helpers.training import ones
+from tests.helpers.training import array, ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -91,7 +91,8 @@ def test_paths_in_every_container(params, paths):
 
 def test_linen_params():
     model = Linen()
-    params = model.init(jax.random.key(0), jnp.zeros((1, 6), int))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 6), int))["params"]
+    params = jax.tree.map(lambda leaf: ones(*leaf.shape), shapes)
     assert quantized_paths(params, TERNARY) == ["Dense_0/kernel", "conv/kernel"]
     rules = brx.select((r"^conv/", None), ("embedding$", BINARY), default=TERNARY)
     assert quantized_paths(params, rules) == ["Dense_0/kernel", "Embed_0/embedding"]
@@ -148,7 +149,7 @@ def test_the_first_match_decides():
         default=BINARY,
     )
     assert quantized_paths(params, rules) == ["conv2/kernel", "head/kernel"]
-    params = jax.tree.map(lambda w: w * jnp.linspace(-1, 1, 16).reshape(4, 4), params)
+    params = jax.tree.map(lambda w: array(np.linspace(-1, 1, 16).reshape(4, 4)), params)
     init = brx.relax_params(rules, 1.0).init
     quantized = jax.jit(lambda params: brx.quantized_params(init(params), params))(params)
     counts = {name: len(np.unique(leaf["kernel"])) for name, leaf in quantized.items()}

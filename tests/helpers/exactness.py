@@ -45,12 +45,9 @@ def bits(x):
     return x.view(f"uint{8 * x.dtype.itemsize}")
 
 
-quantized_params = jax.jit(brx.quantized_params)  # eagerly, each operation compiles on its own
-
-
 def assert_exact(state, params, leaves):
     """The params are what `quantized_params` returns, and no group has more values than the set."""
-    quantized = quantized_params(state, params)
+    quantized = brx.quantized_params(state, params)
     for name, qset in leaves.items():
         assert np.array_equal(bits(params[name]), bits(quantized[name])), name
         values = grouped(np.asarray(params[name], np.float64)[None], qset.granularity)[0]

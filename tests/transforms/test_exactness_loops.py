@@ -14,7 +14,8 @@ from flax.training import train_state
 
 import brelax_jax as brx
 from tests.helpers import covering
-from tests.helpers.exactness import assert_exact, bits, fresh_state, quantized_params, rules
+from tests.helpers.exactness import assert_exact, bits, fresh_state, rules
+from tests.helpers.training import array
 
 BINARY = brx.Binary(granularity=brx.PerChannel())
 THRESHOLD = brx.TernaryThreshold()
@@ -34,7 +35,7 @@ def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtypes):
     sets = {"binary": BINARY, "threshold": THRESHOLD}
     leaves = {f"{name}-{dtype}": qset for dtype in dtypes for name, qset in sets.items()}
     rng = np.random.default_rng(5)
-    params = {name: jnp.asarray(rng.standard_normal(SHAPE), name.split("-")[1]) for name in leaves}
+    params = {name: array(rng.standard_normal(SHAPE), name.split("-")[1]) for name in leaves}
     optimizer = brx.binary_connect(optax.sgd(1.0), rules(leaves))
     state, update = (
         fresh_state(jax.eval_shape(optimizer.init, params), params),
@@ -50,7 +51,7 @@ def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtypes):
         if step >= 2:
             assert_exact(state, params, leaves)
         if step in (11, 24, 37):
-            y, q = brx.float_params(state, params), quantized_params(state, params)
+            y, q = brx.float_params(state, params), brx.quantized_params(state, params)
             for name in (f"binary-{dtype}" for dtype in dtypes):
                 wanted = BINARY.project(y[name])
                 found = np.asarray(q[name], np.float32)
@@ -61,11 +62,11 @@ def test_larger_jumps_are_exact_throughout_and_the_scale_catches_up(dtypes):
 def test_eager_updates_are_exact(name):
     leaves = {name: LEAVES[name]}
     rng = np.random.default_rng(11)
-    params = {name: jnp.asarray(rng.standard_normal(SHAPE), "float32") for name in leaves}
+    params = {name: array(rng.standard_normal(SHAPE)) for name in leaves}
     optimizer = brx.binary_connect(optax.sgd(0.1), rules(leaves))
     state = optimizer.init(params)
     for step in range(5):
-        grads = {name: jnp.asarray(rng.standard_normal(SHAPE), "float32") for name in leaves}
+        grads = {name: array(rng.standard_normal(SHAPE)) for name in leaves}
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         if step >= 2:
@@ -79,14 +80,14 @@ def test_float64_is_exact(names):
     leaves = {name: LEAVES[name] for name in names.split()}
     with jax.enable_x64(True):
         rng = np.random.default_rng(12)
-        params = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
+        params = {name: array(rng.standard_t(1.5, SHAPE), "float64") for name in leaves}
         optimizer = brx.binary_relax(optax.adam(0.1), rules(leaves), 1.0, hard_from=8)
         state, update = (
             fresh_state(jax.eval_shape(optimizer.init, params), params),
             jax.jit(optimizer.update),
         )
         for step in range(12):
-            grads = {name: jnp.asarray(rng.standard_t(1.5, SHAPE)) for name in leaves}
+            grads = {name: array(rng.standard_t(1.5, SHAPE), "float64") for name in leaves}
             updates, state = update(grads, state, params)
             params = optax.apply_updates(params, updates)
             assert all(p.dtype == np.float64 for p in params.values())
@@ -111,7 +112,7 @@ def test_large_leaves_are_exact(names):
 
     def noise():
         return {
-            name: jnp.asarray(rng.standard_normal((3, 3, 256, 256), "f4"), dtype)
+            name: array(rng.standard_normal((3, 3, 256, 256), "f4"), dtype)
             for name, (_, dtype) in leaves.items()
         }
 
@@ -206,7 +207,7 @@ tiny_update = jax.jit(TINY.update)
 @pytest.mark.parametrize("size", [1e-30, 1e-33, 1e-36])
 def test_differences_that_devices_flush_to_zero_keep_no_weight_off_its_level(size):
     """The params are then nearer to their levels than the least normal number, and must move."""
-    params = jnp.asarray(np.random.default_rng(0).standard_normal((8, 1)) * size, "float32")
+    params = array(np.random.default_rng(0).standard_normal((8, 1)) * size)
     state = TINY.init(params)
     for _ in range(3):
         updates, state = tiny_update(jnp.zeros_like(params), state, params)

@@ -1,7 +1,8 @@
 """A jitted update lowers for accelerators on a machine without one, and runs when it is loaded."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -9,6 +10,7 @@ from jax import export
 
 import brelax_jax as brx
 from tests.helpers import covering
+from tests.helpers.training import array
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -30,41 +32,41 @@ TRANSFORMATIONS = {
 }
 
 
-def step_of(name, state):
-    """A step of training as a function of arrays only, which can be stored."""
-    optimizer, structure = TRANSFORMATIONS[name], jax.tree.structure(state)
+@functools.cache
+def exported_step(name, dtype):
+    """A step of training as a function of arrays only, which can be stored; the shapes of its
+    state; and what is stored.
+    """
+    params = {name: jax.ShapeDtypeStruct(SHAPE, dtype) for name in SETS}
+    optimizer = TRANSFORMATIONS[name]
+    shapes = jax.eval_shape(optimizer.init, params)
+    leaves, structure = jax.tree.flatten(shapes)
 
+    @jax.jit
     def step(grads, leaves, params):
         state = jax.tree.unflatten(structure, leaves)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), jax.tree.leaves(state)
 
-    return jax.jit(step)
+    return step, shapes, export.export(step, platforms=PLATFORMS)(params, leaves, params)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"), covering.pairs(TRANSFORMATIONS, ["float32", "bfloat16"])
 )
 def test_updates_lower_for_every_platform(name, dtype):
-    params = {name: jax.ShapeDtypeStruct(SHAPE, dtype) for name in SETS}
-    state = jax.eval_shape(TRANSFORMATIONS[name].init, params)
-    step = step_of(name, state)
-    exported = export.export(step, platforms=PLATFORMS)(params, jax.tree.leaves(state), params)
+    exported = exported_step(name, dtype)[-1]
     assert exported.platforms == PLATFORMS
     assert "custom_call" not in exported.mlir_module(), "only some platforms have them"
 
 
 def test_an_exported_update_runs_when_it_is_loaded():
     rng = np.random.default_rng(0)
-    params, grads = (
-        {name: jnp.asarray(rng.laplace(size=SHAPE), "float32") for name in SETS} for _ in range(2)
-    )
-    init = jax.eval_shape(TRANSFORMATIONS["binary_relax"].init, params)
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), init)
-    state = state._replace(float_params=params)
-    step, leaves = step_of("binary_relax", state), jax.tree.leaves(state)
-    stored = export.export(step, platforms=PLATFORMS)(grads, leaves, params).serialize()
+    params, grads = ({name: array(rng.laplace(size=SHAPE)) for name in SETS} for _ in range(2))
+    step, shapes, exported = exported_step("binary_relax", "float32")
+    state = jax.tree.map(lambda leaf: array(np.zeros(leaf.shape), leaf.dtype), shapes)
+    leaves = jax.tree.leaves(state._replace(float_params=params))
     wanted = step(grads, leaves, params)
     assert not np.array_equal(wanted[0]["ternary"], params["ternary"])
-    results = export.deserialize(stored).call(grads, leaves, params)
+    results = export.deserialize(exported.serialize()).call(grads, leaves, params)
     jax.tree.map(np.testing.assert_array_equal, results, wanted)

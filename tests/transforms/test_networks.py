@@ -17,6 +17,7 @@ from flax import linen, nnx
 from flax.training import train_state
 
 import brelax_jax as brx
+from tests.helpers.training import array
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -113,14 +114,17 @@ def weights():
         "second": dense(WIDTH, WIDTH),
         "head": dense(WIDTH, CLASSES),
     }
-    return jax.tree.map(lambda w: jnp.asarray(w, "float32"), params)
+    return jax.tree.map(array, params)
 
 
 @functools.cache
 def batches():
     rng = np.random.default_rng(1)
     return [
-        (jnp.asarray(rng.integers(0, WORDS, (16, 5))), jnp.asarray(rng.integers(0, CLASSES, 16)))
+        (
+            array(rng.integers(0, WORDS, (16, 5)), "int32"),
+            array(rng.integers(0, CLASSES, 16), "int32"),
+        )
         for _ in range(STEPS)
     ]
 

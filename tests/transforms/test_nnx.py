@@ -50,6 +50,11 @@ def update(model, optimizer):
     optimizer.update(model, nnx.grad(loss)(model))
 
 
+@nnx.jit
+def nnx_step(model, optimizer):
+    update(model, optimizer)
+
+
 def arrays(*nodes):
     return nnx.to_pure_dict(nnx.state(nodes))
 
@@ -58,9 +63,8 @@ def arrays(*nodes):
 def wanted():
     """What one jitted step after the other gives."""
     model, optimizer = make()
-    step = nnx.jit(update)
     for _ in range(STEPS):
-        step(model, optimizer)
+        nnx_step(model, optimizer)
     return arrays(model, optimizer)
 
 
@@ -184,11 +188,6 @@ def test_orbax_restores_the_other_sets_too(qset, steps, tmp_path):
         nnx_step(*pair)
     again = saved_and_restored(pair, make, tmp_path)
     chex.assert_trees_all_equal(arrays(*again), arrays(*pair))
-
-
-@nnx.jit
-def nnx_step(model, optimizer):
-    update(model, optimizer)
 
 
 def assert_goes_on_alike(pair, again):

@@ -216,7 +216,7 @@ def test_multi_steps_relaxes_once_a_full_step():
     """By the mean gradient; λ, the count and `hard_from` are of full steps."""
     start = {"kernel": normal(0, 4, 4), "bias": normal(1, 4)}
     tx = brx.binary_relax(optax.sgd(0.1, 0.9), BINARY, lambda count: count, 8)
-    grads = [jax.tree.map(lambda p, t=t: jnp.sin(p + t), start) for t in range(30)]
+    grads = [jax.tree.map(lambda p, t=t: np.sin(np.asarray(p) + t), start) for t in range(30)]
     trace = trace_of(optax.MultiSteps(tx, 3), start, grads)
     means = [
         jax.tree.map(lambda *g: sum(g) / 3, *grads[t : t + 3]) for t in range(0, len(grads), 3)
@@ -364,15 +364,15 @@ def test_lookahead_around_leaves_the_float_weights_where_they_are():
     grads = [{"kernel": normal(t, 4, 4)} for t in range(12)]
     ours = relaxing(rules=BINARY)
     synced = optax.LookaheadParams.init_synced(start)
-    trace = trace_of(optax.lookahead(ours, 3, 0.5), synced, grads)
-    for (params, state), (_, reference) in zip(trace, trace_of(ours, start, grads), strict=True):
+    around = {reset: optax.lookahead(ours, 3, 0.5, reset_state=reset) for reset in (False, True)}
+    traces, alone = traces_of(around, synced, grads), trace_of(ours, start, grads)
+    for (params, state), (_, reference) in zip(traces[False], alone, strict=True):
         floats = brx.float_params(state, params.fast)
         assert_close(floats, brx.float_params(reference, start))
     assert len(np.unique(params.fast["kernel"])) > 2
     assert len(np.unique(params.slow["kernel"])) > 2
     # Where it resets the state, phase II never comes.
-    resetting = optax.lookahead(ours, 3, 0.5, reset_state=True)
-    counts = [int(s.fast_state.count) for _, s in trace_of(resetting, synced, grads[:7])]
+    counts = [int(state.fast_state.count) for _, state in traces[True][:7]]
     assert counts == [1, 2, 0, 1, 2, 0, 1]
 
 
