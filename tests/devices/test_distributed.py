@@ -1,18 +1,14 @@
 """Two processes train a network to the params of one."""
 
 import functools
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import brelax_jax as brx
-from tests.helpers import meshes, quick
+from tests.helpers import forked, meshes, quick, two_processes
 
 TIMEOUT = 600  # seconds, only so that nothing ever hangs
 
@@ -25,36 +21,28 @@ def free_port():
 
 def in_two_processes(steps, across, sets, directory):
     """What each process has before the first step and after each: (params, state)."""
-    environment = os.environ | {
+    environ = {
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what is compiled runs for an instant only
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    command = [sys.executable, "-m", "tests.helpers.two_processes", str(free_port())]
-    outs = [directory / f"{process}.npz" for process in range(2)]
-    logs = [out.with_suffix(".log") for out in outs]
+    port, places = free_port(), [directory / str(process) for process in range(2)]
+    outs = [place / "out.npz" for place in places]
     processes = []
     try:
-        for process, (out, log) in enumerate(zip(outs, logs, strict=True)):
-            arguments = [str(process), str(steps), across, " ".join(sets), str(out)]
-            with log.open("w") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [*command, *arguments],
-                        cwd=Path(__file__).parents[2],
-                        env=environment,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+        for process, (place, out) in enumerate(zip(places, outs, strict=True)):
+            place.mkdir()
+            arguments = (port, process, steps, across, tuple(sets), out)
+            processes.append(forked.start(place, two_processes.main, *arguments, **environ))
         structure = jax.tree.structure(on_one_device(tuple(sets))[0])  # while the two are at it
-        codes = [process.wait(TIMEOUT) for process in processes]
-        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+        for process in processes:
+            process.join(TIMEOUT)
+        printed = "\n".join((place / "printed").read_text()[-3000:] for place in places)
+        assert [process.exitcode for process in processes] == [0, 0], printed
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     for out in outs:
         with np.load(out) as arrays:
             leaves = [arrays[name] for name in arrays.files]

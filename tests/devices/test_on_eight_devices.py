@@ -6,36 +6,23 @@ one, because they train one network. Its programs are compiled with few optimiza
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import meshes
+from tests.helpers import forked, meshes
 
 NAMES = ("sharding", "shard_map", "metadata")
-FILES = [Path(__file__).with_name(f"test_{name}.py") for name in NAMES]
+FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in NAMES]
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(
     "extent", ["not soak", pytest.param("soak", marks=pytest.mark.soak)], ids=["", "soak"]
 )
-def test_on_eight_devices(extent):
+def test_on_eight_devices(extent, tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
-    environment = {
-        "XLA_FLAGS": f"{flags}{meshes.DEVICES}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(extent == "not soak"),
-    }
+    environ = {"XLA_FLAGS": f"{flags}{meshes.DEVICES}", "JAX_PLATFORMS": "cpu"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-m", extent]
-    command = [sys.executable, "-m", "pytest", *options, *FILES]
-    done = subprocess.run(
-        command,
-        env=os.environ | environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    status = forked.run(tmp_path, pytest.main, [*options, *FILES], **environ)
+    assert status == 0, (tmp_path / "printed").read_text()[-5000:]

@@ -56,16 +56,6 @@ if jax.device_count() >= meshes.DEVICES:
     def weights(seed=0):
         return np.random.default_rng(seed).standard_t(2.5, SHAPE).astype(np.float32)
 
-    @functools.cache
-    def on_one_device(names):
-        """The codes and the fit by the name of each set."""
-
-        def compute(w):
-            fits = {name: SETS[name].fit(w) for name in names}
-            return {name: (SETS[name].codes(w, fit), fit) for name, fit in fits.items()}
-
-        return jax.device_get(quick.jit(compute)(weights()))
-
     @pytest.mark.soak
     @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_every_set_in_every_sharding(spec, mesh):
@@ -87,7 +77,7 @@ if jax.device_count() >= meshes.DEVICES:
         compiled = quantize.lower(ws).compile()
         assert not meshes.MOVES.findall(compiled.as_text())
         for name, quantized in compiled(ws).items():
-            codes, fit = on_one_device(tuple(specs))[name]
+            codes, fit = meshes.placed(SETS[name], weights())
             assert quantized.codes.sharding.is_equivalent_to(ws[name].sharding, 4), name
             rtol = 1e-5 if name == "uniform8-channel" else 1e-6  # its search may end a bit beside
             np.testing.assert_allclose(quantized.scale, fit.scale, rtol=rtol, err_msg=name)

@@ -1,9 +1,6 @@
 """The Python snippets of the README and of docs/ run, and do what their pages say of them."""
 
-import os
 import re
-import subprocess
-import sys
 
 import chex
 import jax
@@ -12,7 +9,8 @@ import optax
 import pytest
 
 import brelax_jax as brx
-from tests.helpers.snippets import PAGES, ROOT, prose, read, run, snippets
+from tests.helpers import forked
+from tests.helpers.snippets import PAGES, prose, read, run, run_strictly, snippets
 
 ON_EIGHT_DEVICES = ["docs/sharding.md"]
 NEEDED = {"docs/export.md": ("gguf", "jax2onnx", "onnxruntime")}  # beside the extra `test`
@@ -32,18 +30,11 @@ def test_snippets_run(page):
 
 
 @pytest.mark.parametrize("page", ON_EIGHT_DEVICES)
-def test_snippets_run_on_eight_devices(page, cache):
+def test_snippets_run_on_eight_devices(page, tmp_path):
     """In a process of their own: JAX fixes the number of devices when it starts."""
-    environment = os.environ | cache
-    environment |= {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.helpers.snippets", page]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    flags = "--xla_force_host_platform_device_count=8"
+    status = forked.run(tmp_path, run_strictly, page, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    assert status == 0, (tmp_path / "printed").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -41,7 +41,8 @@ def start(
       directory: where the file `printed` will say what was printed.
       function: its result is the exit status.
       arguments: of the function.
-      environ: variables of the environment, besides those of this process.
+      environ: variables of the environment, besides those of this process; those that JAX reads
+        at its import, too.
     """
     settings = {name: jax.config.values[name] for name in SETTINGS}
     place = (os.getcwd(), directory / "printed")
@@ -68,6 +69,7 @@ def _run(
 ) -> None:
     os.chdir(working)
     os.environ.update(environ)
+    settings |= {n.lower(): v for n, v in environ.items() if n.lower() in jax.config.values}
     for name, value in settings.items():
         jax.config.update(name, value)
     with printed.open("w") as file:

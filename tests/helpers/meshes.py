@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
+from brelax_jax.sets._rules import Fit
 from brelax_jax.transforms._grid import grid_of
 from brelax_jax.transforms._state import find_states, fits_of, sets_of
-from tests.helpers import quick
+from tests.helpers import oracles, quick
 
 DEVICES = 8
 MOVES = re.compile(r"= (?!.*fusion\().*(all-gather|all-to-all|collective-permute|reduce-scatter)\(")
@@ -159,6 +160,20 @@ def with_codes(kernels):
         )
         for name, (y, fit) in kernels.items()
     }
+
+
+def placed(qset, w):
+    """The codes and the fit of a whole weight, its scales found by NumPy."""
+    groups = qset.granularity.groups(w.shape)
+    view = np.moveaxis(w.reshape(groups.view), groups.axes, range(-len(groups.axes), 0))
+    rows = view.reshape(-1, groups.size)
+    if isinstance(qset, brx.TernaryThreshold):
+        found = [oracles.ternary_threshold(row, qset.factor)[1:] for row in rows]
+        scales = [[scale for scale, _ in found], [2 * cut for _, cut in found]]
+    else:
+        scales = [[oracles.optimum(row, qset.levels)[0] for row in rows]]
+    fit = Fit(*(np.reshape(scale, groups.scale) for scale in scales))
+    return quick.jit(qset.codes)(w, fit), fit
 
 
 def assert_same_codes(qset, codes, expected, w, fit, rtol=1e-6):

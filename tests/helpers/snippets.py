@@ -1,11 +1,8 @@
-"""The Python snippets of the README and of the pages in docs/, and the cells of its notebooks.
-
-`python -m tests.helpers.snippets docs/sharding.md` runs those of one page.
-"""
+"""The Python snippets of the README and of the pages in docs/, and the cells of its notebooks."""
 
 import functools
 import re
-import sys
+import warnings
 from pathlib import Path
 
 from tests.helpers import quick
@@ -47,5 +44,7 @@ def run(page):
     return names
 
 
-if __name__ == "__main__":
-    run(sys.argv[1])
+def run_strictly(page):
+    """Warnings are errors."""
+    warnings.simplefilter("error")
+    run(page)

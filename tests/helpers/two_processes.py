@@ -1,31 +1,35 @@
-"""One of two processes that train the network of `meshes` together; `test_distributed` starts it.
-
-    python -m tests.helpers.two_processes PORT PROCESS STEPS ACROSS NAMES OUT
-
-`ACROSS` is the axis of the mesh that goes from one process to the other, `NAMES` are the
-layers that are quantized.
-"""
+"""One of two processes that train the network of `meshes` together, for `test_distributed`."""
 
 import functools
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import meshes, quick
-
-quick.install()
+from tests.helpers import meshes
 
 
-def main(port: str, process: str, steps: str, across: str, names: str, out: str) -> None:
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process), initialization_timeout=120)
+def main(port: int, process: int, steps: int, across: str, names: Sequence[str], out: Path) -> None:
+    """Trains and saves what there is before the first step and after each.
+
+    Args:
+      port: where the processes meet.
+      process: 0 or 1.
+      steps: how many.
+      across: the axis of the mesh that goes from one process to the other.
+      names: of the layers that are quantized.
+      out: the file.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)  # all that is compiled runs briefly
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=120)
     devices = np.array(jax.devices()).reshape(2, 2)  # a row a process
     axes = ("data", "model") if across == "data" else ("model", "data")
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * 2)
     jax.set_mesh(mesh)
-    optimizer = meshes.relaxation({name: meshes.SETS[name] for name in names.split()})
+    optimizer = meshes.relaxation({name: meshes.SETS[name] for name in names})
     params = meshes.put(meshes.network(), meshes.SPECS, mesh)
     state = optimizer.init(params)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
@@ -36,11 +40,7 @@ def main(port: str, process: str, steps: str, across: str, names: str, out: str)
     def gradient_of_batch(params, *batch):
         return gradient(params, *meshes.put(batch, (P("data"), P("data")), mesh))
 
-    trace = meshes.trained(gradient_of_batch, update, params, state, int(steps))
+    trace = meshes.trained(gradient_of_batch, update, params, state, steps)
     leaves = [np.asarray(leaf) for at in trace for leaf in jax.tree.leaves(gathered(at))]
     np.savez(out, *leaves)
     jax.distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
