@@ -23,11 +23,11 @@ gc.set_threshold(100_000, 20, 20)  # to import and to trace makes many objects t
 EVERY_PLATFORM = {"contract", "devices", "test_batched_search", "test_export"}
 COMPILED = "BRELAX_JAX_COMPILED_TESTS"
 SLOWEST = (
-    "test_on_eight_devices", "test_exactness", "test_examples", "test_wrappers", "test_sets",
-    "test_language_model", "test_edges", "test_optimality", "test_resume", "test_distributed",
-    "test_together", "test_transformations", "test_carry", "test_bases", "test_scale_dtype",
-    "test_start", "test_batched_search", "test_exactness_loops", "test_nnx", "test_accuracy",
-    "test_networks", "test_codes", "test_experiments", "test_state", "test_tree_tools",
+    "test_on_eight_devices", "test_resume", "test_exactness", "test_batched_search",
+    "test_accuracy", "test_together", "test_examples", "test_language_model", "test_training_mesh",
+    "test_sets", "test_wrappers", "test_exactness_loops", "test_distributed", "test_experiments",
+    "test_transformations", "test_optimality", "test_scale_dtype", "test_export", "test_codes",
+    "test_tree_tools", "test_search", "test_peers", "test_nnx", "test_networks", "test_start",
 )  # fmt: skip
 
 
