@@ -21,6 +21,7 @@ SETTINGS = (
     "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes", "jax_disable_most_optimizations",
 )  # fmt: skip
+LIMIT = 1800  # seconds, only so that nothing ever hangs
 IMPORTED = ["tests.helpers.tiny_grid", "sklearn.datasets", "sklearn.model_selection", "pytest"]
 
 context = multiprocessing.get_context("forkserver")
@@ -54,8 +55,10 @@ def start(
 
 def ended(child: process.BaseProcess) -> int:
     """The exit status of a process when it has ended, or minus the signal that ended it."""
-    child.join()
-    assert child.exitcode is not None
+    child.join(LIMIT)
+    if child.exitcode is None:
+        child.kill()
+        raise TimeoutError(f"It has not ended in {LIMIT} s.")
     return child.exitcode
 
 
