@@ -134,4 +134,4 @@ def _relative_distance(qset: QuantizedSet, y: Array, fit: Fit) -> Array:
     shift = shift_of(unit)
     residual = y - qset.place(y, fit)
     far, length = (whole.sum(jnp.square(x * shift / (unit * shift))) for x in (residual, y))
-    return jnp.sqrt(far / jnp.maximum(length, 1)).reshape(())
+    return jnp.where(length == 0, 0, jnp.sqrt(far / jnp.maximum(length, 1))).reshape(())

@@ -172,3 +172,9 @@ def test_they_are_a_tree_of_arrays(trace):
     leaf = trace[-1][1]["uneven/kernel"]
     assert isinstance(leaf, brx.LeafMetrics)
     assert all(isinstance(part, jax.Array) for part in leaf)
+
+
+def test_weights_that_are_all_zero_are_at_distance_zero_whatever_their_scale():
+    params = {"kernel": np.zeros((4, 3), np.float32)}
+    state = brx.binary_connect(optax.sgd(0.1), brx.Binary(rule=brx.Fixed(1.0))).init(params)
+    assert brx.metrics(state, params)["kernel"].distance == 0
