@@ -20,6 +20,9 @@ class Settings:
     further_steps: int = setting(1000, "training", "steps of each network that starts from it")
     warmup: int = setting(100, "training", "steps over which a learning rate grows")
     lr: float = setting(4e-3, "training", "highest learning rate")
+    further_lr: float = setting(
+        0.0, "training", "highest learning rate of each network that starts from it; 0: --lr"
+    )
     weight_decay: float = setting(0.01, "training", "AdamW's, on the float weights")
     sets: tuple[str, ...] = setting(
         ("q2_0",),
@@ -37,7 +40,8 @@ class Settings:
     def check(self) -> None:
         """Raises a ValueError, naming the option, if a number is out of its range."""
         ones = dict.fromkeys(("width", "layers", "heads", "batch", "steps", "further_steps"), 1)
-        for name, least in {**ones, "context": 2, "warmup": 0, "weight_decay": 0}.items():
+        zeros = dict.fromkeys(("warmup", "weight_decay", "further_lr"), 0)
+        for name, least in {**ones, "context": 2, **zeros}.items():
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"{flag(name)} must be at least {least}, got {getattr(self, name)}."

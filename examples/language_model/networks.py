@@ -36,11 +36,12 @@ def networks(settings: Settings) -> dict[str, Network]:
     """All networks by their names. The first one starts from scratch, the others from it."""
     steps, further = settings.steps, settings.further_steps
 
-    def adamw(steps: int) -> optax.GradientTransformation:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, settings.warmup, steps)
+    def adamw(steps: int, lr: float) -> optax.GradientTransformation:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, lr, settings.warmup, steps)
         return optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay)
 
-    base, found = adamw(further), {START: Network(0, steps, adamw(steps))}
+    base = adamw(further, settings.further_lr or settings.lr)
+    found = {START: Network(0, steps, adamw(steps, settings.lr))}
     found["float, further"] = Network(steps, further, base)
     plan = brx.continuation(further, settings.shape, settings.hard_share)
     for word in settings.sets:

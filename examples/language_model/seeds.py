@@ -44,7 +44,7 @@ class Seed:
                 f"{self.study.path} has seed {seed}: go on with --resume, or give another --out."
             )
         for line in lines:
-            if changed := differences(line["settings"], self._settings, {}):
+            if changed := differences(line["settings"], self._settings, vars(Settings())):
                 raise ValueError(
                     f"{self.study.path}: {line['name']} is of another configuration:\n  "
                     + "\n  ".join(changed)

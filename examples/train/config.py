@@ -38,7 +38,8 @@ class Config:
     model: str = setting(
         "cnn",
         "model",
-        "cnn, vgg11, vgg16, resnet8, resnet20, resnet32, resnet56; for 224 px resnet18, resnet50",
+        "cnn, vgg11, vgg16, resnet8, resnet20, resnet32, resnet56, resnet8x2 (of twice the width); "
+        "for 224 px resnet18, resnet50",
     )
     dtype: str = setting(
         "float32", "model", "dtype to compute in; params stay float32", ("float32", "bfloat16")

@@ -162,6 +162,7 @@ class ResNet(Network):
 MODELS: dict[str, Callable[..., Network]] = {
     "cnn": Cnn,
     **{f"resnet{6 * n + 2}": partial(ResNet, depths=(n, n, n)) for n in (1, 3, 5, 9)},
+    "resnet8x2": partial(ResNet, depths=(1, 1, 1), width=32),
     "resnet18": partial(ResNet, depths=(2, 2, 2, 2), width=64, large=True),
     "resnet50": partial(ResNet, depths=(3, 4, 6, 3), width=64, large=True, bottleneck=True),
     "vgg11": partial(Vgg, plan=(64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)),

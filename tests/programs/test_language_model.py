@@ -1,6 +1,7 @@
 """The language model example: model, networks, what a run keeps, and what it refuses."""
 
 import copy
+import dataclasses
 import math
 import shutil
 
@@ -14,7 +15,7 @@ import brelax_jax as brx
 from examples.language_model import __main__ as language_model
 from examples.language_model import text
 from examples.language_model.config import Settings
-from examples.language_model.networks import rules
+from examples.language_model.networks import networks, rules
 from examples.language_model.report import row, spread
 from examples.language_model.seeds import Seed, measured
 from examples.language_model.trainer import Trained, Trainer
@@ -378,6 +379,7 @@ def test_spread_over_seeds():
         ("--steps=0", "--steps must be at least 1, got 0"),
         ("--context=1", "--context must be at least 2, got 1"),
         ("--weight-decay=nan", "--weight-decay must be at least 0, got nan"),
+        ("--further-lr=-1", "--further-lr must be at least 0, got -1"),
         ("--lr=-1", "--lr must be positive, got -1"),
         ("--heads=3", "--heads 3 must divide half of --width 8: pairs are turned"),
         ("--sets=terry", "Unknown set 'terry'"),
@@ -391,6 +393,29 @@ def test_settings_out_of_range_are_refused(option, message, capsys):
     with pytest.raises(SystemExit):
         language_model.parse([*OPTIONS, option])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("further_lr", "expected"), [(0.0, 0.1), (0.02, 0.02)])
+def test_the_learning_rate_of_further_training(further_lr, expected):
+    settings = dataclasses.replace(TINY, lr=0.1, further_lr=further_lr, warmup=0, weight_decay=0.0)
+    found = networks(settings)
+    for name, size in {"float": 0.1, "float, further": expected}.items():
+        optimizer, one = found[name].optimizer, np.ones((), np.float32)
+        update, _ = optimizer.update(one, optimizer.init(one), one)  # Adam's first is its rate
+        assert float(update) == pytest.approx(-size, rel=1e-4)
+
+
+def test_runs_from_before_a_setting_have_its_default(whole_run, program, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    study = Study(tmp_path / "networks.jsonl")
+    kept = study.read()
+    study.path.unlink()
+    for line in kept:
+        del line["settings"]["further_lr"]
+        study.add({name: value for name, value in line.items() if name != "sha256"})
+    assert program("--out", str(tmp_path), "--resume") == 0
+    assert program("--out", str(tmp_path), "--resume", "--further-lr=0.5") == 2
+    assert "further_lr: 0.0 there, 0.5 here" in capsys.readouterr().err
 
 
 def test_a_context_longer_than_a_split_is_refused(program, tmp_path, capsys):
