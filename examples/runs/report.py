@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import brelax_jax as brx
@@ -12,20 +13,21 @@ import brelax_jax as brx
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its path, its weights, its set, and the most distinct values that a scale
-    group holds.
+    """A quantized layer: its path, how many weights, scales and levels it has, the bits of a scale,
+    and the most distinct values that a scale group holds.
     """
 
     path: str
     weights: int
-    groups: int
+    scales: int
+    scale_bits: int
     levels: int
     distinct: int
 
     @property
     def bits(self) -> float:
-        """Bits a weight: those that tell the levels apart, and a share of the float32 scales."""
-        return math.log2(self.levels) + 32 * self.groups / self.weights
+        """Bits a weight: those that tell the levels apart, and a share of the scales'."""
+        return math.log2(self.levels) + self.scale_bits * self.scales / self.weights
 
 
 def leaves(params: Any) -> dict[str, Any]:
@@ -43,7 +45,8 @@ def quantized_layers(params: Any, selection: brx.Selection) -> list[Layer]:
         rows = np.moveaxis(leaf.reshape(groups.view), groups.axes, range(-len(groups.axes), 0))
         rows = rows.reshape(math.prod(groups.scale), -1)
         distinct = max(len(np.unique(row)) for row in rows)
-        found.append(Layer(path, leaf.size, len(rows), len(qset.levels), distinct))
+        scale_bits = 8 * jnp.dtype(qset.scale_dtype or "float32").itemsize
+        found.append(Layer(path, leaf.size, len(rows), scale_bits, len(qset.levels), distinct))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from examples import demo
 from examples.runs import events, plots, report
 from examples.runs.log import Log, read
 from examples.runs.progress import Progress
+from examples.runs.sets import parse_set
 from examples.train import __main__ as train
 from examples.train import deploy, loop
 from examples.train.checkpoints import Checkpoints
@@ -290,7 +292,22 @@ def test_distinct_values_are_counted_in_each_scale_group():
     params = {"conv": {"kernel": jnp.array([[1.0, 5.0], [-1.0, 5.0], [1.0, 6.0], [1.0, 7.0]])}}
     selection = brx.select(default=brx.Binary(granularity=brx.PerChannel()))
     (layer,) = report.quantized_layers(params, selection)
-    assert (layer.distinct, layer.groups, layer.weights, layer.bits) == (3, 2, 8, 1 + 32 * 2 / 8)
+    assert (layer.distinct, layer.scales, layer.weights, layer.bits) == (3, 2, 8, 1 + 32 * 2 / 8)
+
+
+@pytest.mark.parametrize(
+    ("word", "bits"),
+    [
+        ("tq2_0", math.log2(3) + 16 / 256),
+        ("q4_0", math.log2(15) + 16 / 32),
+        ("mxfp4", math.log2(15) + 8 / 32),
+        ("nvfp4", math.log2(15) + 8 / 16),
+    ],
+)
+def test_scales_are_counted_in_their_dtype(word, bits):
+    params = {"kernel": np.ones((256, 2), np.float32)}
+    layers = report.quantized_layers(params, brx.select(default=parse_set(word)))
+    assert report.bits_per_weight(layers) == pytest.approx(bits)
 
 
 def test_logs_keep_infinity_and_leave_out_half_a_line(tmp_path):
