@@ -139,8 +139,7 @@ def _residual(w: Array, qset: QuantizedSet) -> Array:
     """w − proj_Q(w), at least float32, zero where it is within rounding of w's dtype."""
     projection = qset.nearest.project(w)
     compute = compute_dtype(w.dtype)
-    residual = w.astype(compute) - projection.astype(compute)
-    rounding = jnp.finfo(w.dtype).eps + 32 * jnp.finfo(compute).eps
-    return jnp.where(
-        jnp.abs(residual) <= float(rounding) * jnp.abs(w), jnp.zeros_like(residual), residual
-    )
+    rounding = float(jnp.finfo(w.dtype).eps + 32 * jnp.finfo(compute).eps)
+    w = w.astype(compute)
+    residual = w - projection.astype(compute)
+    return jnp.where(jnp.abs(residual) <= rounding * jnp.abs(w), 0, residual)

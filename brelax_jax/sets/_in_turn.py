@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from brelax_jax.sets._bins import has_bins, search_with_bins
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._scale_dtype import Scales
-from brelax_jax.sets._search import Source, in_units, searched_scale
+from brelax_jax.sets._search import Source, branch_and_bound, in_units, searched_scale
 from brelax_jax.sets._sweep import has_rows, swept_scale
 from brelax_jax.sets._weights import Unit, Weights
 
@@ -83,7 +84,8 @@ def _searched_alone(
     weights = Weights(w, group, kept, tolerance, allowed)
     if has_rows(weights):
         return swept_scale(magnitudes, weights, before)
-    return searched_scale(magnitudes, Source.of(weights, before))
+    search = search_with_bins if has_bins(weights) else branch_and_bound
+    return searched_scale(magnitudes, Source.of(weights, before), search)
 
 
 def _by_one_program(
@@ -91,6 +93,7 @@ def _by_one_program(
 ) -> list[Array]:
     """A loop over the arrays: whatever is not a pass over weights is in the program once."""
     in_turn = [in_units(each, before) for each in arrays]
+    large = [has_bins(each) for each in arrays]
     passes = [_flat_numbers(a, x.group) for x, (*_, a) in zip(arrays, in_turn, strict=True)]
 
     def search(turn: tuple[Array, Array, Array | None]) -> Array:
@@ -100,7 +103,9 @@ def _by_one_program(
             return lax.switch(i, [partial(each, function) for each in passes], *numbers)
 
         unit = Unit.of(peak, arrays[0].allowed)
-        return searched_scale(magnitudes, Source(over, peak, unit, kept, arrays[0].tolerance))
+        source = Source(over, peak, unit, kept, arrays[0].tolerance)
+        search = partial(search_with_bins, is_large=jnp.asarray(large)[i])
+        return searched_scale(magnitudes, source, search if any(large) else branch_and_bound)
 
     turns = jnp.arange(len(arrays))
     peaks = jnp.stack([peak.reshape(-1) for peak, *_ in in_turn])

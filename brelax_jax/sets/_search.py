@@ -53,15 +53,26 @@ class Goal(NamedTuple):
       energy: the sum of a² over the group.
       kept: the scale to keep while it is nearly the best; −1 if there is none.
       tolerance: how far the error of the answer may be above the least, relative.
+      doubt: None, or the errors given are lower bounds, by at most doubt·s too low. Then the search
+        narrows down where the best scale may be.
     """
 
     energy: Array
     kept: Known
     tolerance: Array
+    doubt: Array | None = None
 
     def search_below(self, best: Known) -> Array:
         """The error below which a scale is worth searching for."""
+        if self.doubt is not None:
+            return best[1] + self.doubt * best[0]
         return (1 - self.tolerance) * best[1] - FLOOR * self.energy
+
+    def resolution(self, scale: Array) -> Array:
+        """How far the bound of an interval from here, relative, is off by half of the doubt."""
+        if self.doubt is None:
+            return jnp.zeros_like(scale)
+        return jnp.sqrt(2 * self.doubt * scale / self.energy)
 
     def replace_below(self, best: Known) -> Array:
         """The error below which another scale replaces the best one."""
@@ -119,13 +130,14 @@ class Problem(NamedTuple):
     Attributes:
       magnitudes: those of the levels, ascending.
       source: the weights.
-      mean: the mean magnitude of each group, in units.
+      low, high: the scales between which the best one is.
       goal: what is wanted.
     """
 
     magnitudes: tuple[float, ...]
     source: Source
-    mean: Array
+    low: Array
+    high: Array
     goal: Goal
 
     @property
@@ -156,7 +168,8 @@ class Search(NamedTuple):
       ahead: larger scales, ascending along the first axis; at the end repeats of the largest.
       end: the largest scale.
       best: the scale of the least error so far.
-      rounds: evaluations so far.
+      rounds: evaluations so far, but for the first scales, which are evaluated in negative rounds.
+      left: with a goal in doubt, the least and the largest scale that may be better than the best.
     """
 
     below: Known
@@ -164,6 +177,7 @@ class Search(NamedTuple):
     end: Known
     best: Known
     rounds: Array
+    left: Array | None = None
 
 
 def problem_of(magnitudes: Sequence[float], source: Source) -> Problem:
@@ -171,20 +185,21 @@ def problem_of(magnitudes: Sequence[float], source: Source) -> Problem:
     energy, mean = source.over(lambda a, group: (group.sum(jnp.square(a)), group.mean(a)))
     none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
     least = jnp.full_like(energy, TOLERANCE)
-    problem = Problem(tuple(magnitudes), source, mean, Goal(energy, none, least))
+    low, high = bounds(magnitudes, mean, source.unit.divided(source.peak), source.unit)
+    problem = Problem(tuple(magnitudes), source, low, high, Goal(energy, none, least))
     if source.kept is None:
         return problem
     is_known = source.kept > 0  # not in the first step
     kept = source.unit.nearest(problem.refitted(source.unit.divided(source.kept)))
     tolerance = jnp.maximum(least, jnp.where(is_known, source.tolerance, 0))
-    known = problem.known(jnp.where(is_known, kept, jnp.nan))
+    known = jnp.where(is_known, problem.known(kept), none)
     return problem._replace(goal=Goal(energy, known, tolerance))
 
 
 def branch_and_bound(problem: Problem) -> Search:
     """The search at its end."""
-    start = _start(problem.goal, problem.unit, *first_nodes(problem))
-    return lax.while_loop(_is_uncertain, partial(_split, problem), start)
+    first = first_scales(problem.low, problem.high, problem.unit)
+    return lax.while_loop(_is_uncertain, partial(_split, problem, first), _start(problem))
 
 
 def searched_scale(
@@ -210,45 +225,29 @@ def searched_scale(
     return source.unit.scales(best, source.peak)
 
 
-def first_nodes(problem: Problem) -> tuple[Known, Known]:
-    """The least scale, the largest and some between, along a first axis; and the best of them, or
-    the scale to keep.
-    """
-    peak = problem.unit.divided(problem.source.peak)
-    scales = _first_scales(problem.magnitudes, problem.mean, peak, problem.unit)
-    nodes = lax.map(problem.known, scales)
-    return nodes, _best_of(nodes, problem.goal)
+@jax.jit
+def first_scales(low: Array, high: Array, unit: Unit) -> Array:
+    """The least scale, the largest and some between, along a first axis."""
+    fractions = np.linspace(0, 1, INTERVALS + 1)
+    step = jnp.asarray(fractions, low.dtype).reshape(-1, *[1] * low.ndim)
+    return between(low, high, step, unit)
+
+
+def _start(problem: Problem) -> Search:
+    """Before anything is evaluated."""
+    low, high, goal = problem.low, problem.high, problem.goal
+    below, end = jnp.stack([low, goal.energy]), jnp.stack([high, goal.energy])[None]
+    return Search(
+        below=below,
+        ahead=jnp.concatenate([end] * STACK),
+        end=end,
+        best=goal.kept,
+        rounds=jnp.full((), -(INTERVALS + 1), jnp.int32),
+        left=None if goal.doubt is None else jnp.stack([high, low]),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
-def _first_scales(magnitudes: Sequence[float], mean: Array, peak: Array, unit: Unit) -> Array:
-    fractions = np.linspace(0, 1, INTERVALS + 1)
-    step = jnp.asarray(fractions, mean.dtype).reshape(-1, *[1] * mean.ndim)
-    return between(*bounds(magnitudes, mean, peak, unit), step, unit)
-
-
-@jax.jit
-def _best_of(nodes: Known, goal: Goal) -> Known:
-    least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
-    best = jnp.take_along_axis(nodes, least, axis=0)[0]
-    far = best[1] >= goal.search_below(goal.kept)
-    return jnp.where(far, goal.kept, best)
-
-
-@jax.jit
-def _start(goal: Goal, unit: Unit, nodes: Known, best: Known) -> Search:
-    """Past the first of the intervals between nodes, where it holds nothing better."""
-    end = nodes[-1:]
-    start = Search(
-        below=nodes[0],
-        ahead=jnp.concatenate([nodes[1:], *[end] * (STACK - INTERVALS)]),
-        end=end,
-        best=best,
-        rounds=jnp.zeros((), jnp.int32),
-    )
-    return _advance(goal, unit, start)
-
-
 def bounds(
     magnitudes: Sequence[float], mean: Array, peak: Array, unit: Unit
 ) -> tuple[Array, Array]:
@@ -270,28 +269,33 @@ def between(low: Array, high: Array, step: Array, unit: Unit) -> Array:
 
 
 def _is_uncertain(search: Search) -> Array:
-    return (search.rounds < ROUNDS) & jnp.any(search.below[0] < search.end[0, 0])
+    is_open = jnp.any(search.below[0] < search.end[0, 0])
+    return (search.rounds < 0) | ((search.rounds < ROUNDS) & is_open)
 
 
-def _split(problem: Problem, search: Search) -> Search:
-    """After evaluating a scale inside the first interval of each group."""
+def _split(problem: Problem, first: Array, search: Search) -> Search:
+    """After evaluating a scale inside the first interval of each group; to begin with, one of the
+    first scales, from the largest down.
+    """
     goal, unit = problem.goal, problem.unit
-    return _after(goal, unit, search, problem.known(_next_scale(goal, unit, search)))
+    return _after(goal, unit, search, problem.known(_next_scale(goal, unit, first, search)))
 
 
 @jax.jit
-def _next_scale(goal: Goal, unit: Unit, search: Search) -> Array:
+def _next_scale(goal: Goal, unit: Unit, first: Array, search: Search) -> Array:
     scale = unit.at_most(interval(search.below, search.ahead[0], goal.energy)[1])
-    if unit.allowed is None:
-        return scale
-    return jnp.clip(scale, unit.after(search.below[0]), search.ahead[0, 0])
+    if unit.allowed is not None:
+        scale = jnp.clip(scale, unit.after(search.below[0]), search.ahead[0, 0])
+    return jnp.where(search.rounds < 0, first[jnp.maximum(-1 - search.rounds, 0)], scale)
 
 
 @jax.jit
 def _after(goal: Goal, unit: Unit, search: Search, middle: Known) -> Search:
-    better = middle[1] < goal.replace_below(search.best)
+    better = ~(middle[1] >= goal.replace_below(search.best))  # than a scale whose error is NaN, too
+    is_largest = search.rounds == -(INTERVALS + 1)
     search = search._replace(
         ahead=jnp.concatenate([middle[None], search.ahead[:-1]]),
+        end=jnp.where(is_largest, middle, search.end),
         best=jnp.where(better, middle, search.best),
         rounds=search.rounds + 1,
     )
@@ -302,17 +306,29 @@ def _after(goal: Goal, unit: Unit, search: Search, middle: Known) -> Search:
 def _advance(goal: Goal, unit: Unit, search: Search) -> Search:
     """Past the first interval, in the groups where it holds nothing better."""
     head = search.ahead[0]
-    passed = ~is_open(search.below, head, search.best, goal, unit)
+    passed = ~is_open(search.below, head, search.best, goal, unit) & (search.rounds >= 0)
     rest = jnp.concatenate([search.ahead[1:], search.end])
+    left = search.left
+    if left is not None:
+        better = may_be_better(search.below, head, search.best, goal) & passed
+        least, largest = jnp.minimum(left[0], search.below[0]), jnp.maximum(left[1], head[0])
+        left = jnp.where(better, jnp.stack([least, largest]), left)
     return search._replace(
-        below=jnp.where(passed, head, search.below), ahead=jnp.where(passed, rest, search.ahead)
+        below=jnp.where(passed, head, search.below),
+        ahead=jnp.where(passed, rest, search.ahead),
+        left=left,
     )
 
 
 def is_open(left: Known, right: Known, best: Known, goal: Goal, unit: Unit) -> Array:
+    """Whether an interval is to be split: a scale in it may be better than the best."""
+    after = jnp.maximum(unit.after(left[0]), left[0] * (1 + goal.resolution(left[0])))
+    return (right[0] > after) & may_be_better(left, right, best, goal)
+
+
+def may_be_better(left: Known, right: Known, best: Known, goal: Goal) -> Array:
     """Whether a scale between two others may be better than the best."""
-    is_wide = right[0] > unit.after(left[0])
-    return is_wide & (interval(left, right, goal.energy)[0] < goal.search_below(best))
+    return interval(left, right, goal.energy)[0] < goal.search_below(best)
 
 
 @jax.jit

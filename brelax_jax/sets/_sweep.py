@@ -19,10 +19,11 @@ from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._search import (
     ROUNDS,
+    Goal,
     Known,
     Problem,
     Source,
-    first_nodes,
+    first_scales,
     interval,
     is_open,
     searched_scale,
@@ -102,7 +103,8 @@ def swept_scale(
 
 def sweep(problem: Problem) -> Sweep:
     """The search at its end."""
-    nodes, best = first_nodes(problem)
+    nodes = lax.map(problem.known, first_scales(problem.low, problem.high, problem.unit))
+    best = _best_of(nodes, problem.goal)
     below, end = nodes[0], nodes[-1, 0]
 
     def is_uncertain(sweep: Sweep) -> Array:
@@ -110,6 +112,15 @@ def sweep(problem: Problem) -> Sweep:
 
     start = Sweep(below, _onward(problem, below, best), best, jnp.zeros((), jnp.int32))
     return lax.while_loop(is_uncertain, functools.partial(_step, problem, end), start)
+
+
+@jax.jit
+def _best_of(nodes: Known, goal: Goal) -> Known:
+    """The best of some scales, or the scale to keep."""
+    least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
+    best = jnp.take_along_axis(nodes, least, axis=0)[0]
+    far = best[1] >= goal.search_below(goal.kept)
+    return jnp.where(far, goal.kept, best)
 
 
 def _step(problem: Problem, end: Array, sweep: Sweep) -> Sweep:

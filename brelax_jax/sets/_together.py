@@ -260,7 +260,8 @@ def _split(
 
     low, high = of_owner(left[0]), of_owner(right[0])
     middle = of_owner(interval(left, right, goal.energy)[1])
-    spread = low + (high - low) * ((turn - first + 1) / (quota + 1).astype(low.dtype))
+    part_of_way = (turn - first + 1).astype(low.dtype) / (quota + 1).astype(low.dtype)
+    spread = low + (high - low) * part_of_way
     scales = jnp.where(quota == 1, middle, spread)
     if part.unit.allowed is not None:
         scales = jnp.clip(part.unit.at_most(scales), part.unit.after(low), high)

@@ -13,13 +13,13 @@ import brelax_jax as brx
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its path, how many weights, scales and levels it has, the bits of a scale,
+    """A quantized layer: its path, how many weights, groups and levels it has, the bits of a scale,
     and the most distinct values that a scale group holds.
     """
 
     path: str
     weights: int
-    scales: int
+    groups: int
     scale_bits: int
     levels: int
     distinct: int
@@ -27,7 +27,7 @@ class Layer:
     @property
     def bits(self) -> float:
         """Bits a weight: those that tell the levels apart, and a share of the scales'."""
-        return math.log2(self.levels) + self.scale_bits * self.scales / self.weights
+        return math.log2(self.levels) + self.scale_bits * self.groups / self.weights
 
 
 def leaves(params: Any) -> dict[str, Any]:

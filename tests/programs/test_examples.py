@@ -292,7 +292,7 @@ def test_distinct_values_are_counted_in_each_scale_group():
     params = {"conv": {"kernel": jnp.array([[1.0, 5.0], [-1.0, 5.0], [1.0, 6.0], [1.0, 7.0]])}}
     selection = brx.select(default=brx.Binary(granularity=brx.PerChannel()))
     (layer,) = report.quantized_layers(params, selection)
-    assert (layer.distinct, layer.scales, layer.weights, layer.bits) == (3, 2, 8, 1 + 32 * 2 / 8)
+    assert (layer.distinct, layer.groups, layer.weights, layer.bits) == (3, 2, 8, 1 + 32 * 2 / 8)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def test_strict_modes(mode):
     dtypes = ["float32", "bfloat16"] if mode == "dtypes" else ["float32"]
     sets = {"binary": EVERY_SET["binary"]} if mode == "no jit" else EVERY_SET
     params = {
-        f"{name} {dtype}": array(rng.standard_normal((4, 3)), dtype)
+        f"{name} {dtype}": array(
+            rng.standard_normal((400, 3) if "large" in name else (4, 3)), dtype
+        )
         for name in sets
         for dtype in dtypes
     }
@@ -168,6 +170,29 @@ def test_strict_modes(mode):
             assert everything(optimizer, params)[1] == 1
         if mode in ("infinities", "NaN"):
             assert everything(optimizer, params, jax.jit)[1] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_functions_with_strict_dtypes(dtype):
+    sets = [*EVERY_SET.values(), brx.Ternary(), brx.Uniform(4), brx.formats.nvfp4(axis=0)]
+
+    def every(w, lam):
+        return [
+            (
+                qset.project(w),
+                brx.dequantize(qset.quantize(w)),
+                brx.relax(w, qset, lam),
+                jax.grad(lambda w, qset=qset: brx.moreau_envelope(w, qset, lam).astype("float32"))(
+                    w
+                ),
+            )
+            for qset in sets
+        ]
+
+    with strict(STRICT["dtypes"]):
+        of_dtype = jax.ShapeDtypeStruct((80, 3), dtype)
+        found = jax.eval_shape(every, of_dtype, jax.ShapeDtypeStruct((), "float32"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
 
 
 def test_flax_serialization_may_be_imported_after_the_state_is_made():

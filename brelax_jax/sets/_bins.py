@@ -1,0 +1,175 @@
+"""The search for the scale of many weights on CPU: first over bins of them.
+
+The search of `_search.py` takes fifteen passes over the weights for ternary sets, fifty for
+`Uniform(4)` and hundreds for more levels. Here one pass puts the weights into bins, by the leading
+bits of their magnitudes: it adds up how many each bin has, and what they sum up to. The search then
+sees the bins in place of the weights.
+
+A bin is one point with the multiplicity n of its weights. Where no border between two codes lies in
+it, its error is theirs, but for a constant. Where one does, at most
+
+    s·(m_{l+1} − m_l)·n·width / 2
+
+is lost, since n·width/4 is the most that values in an interval, with a mean on one side of a point,
+are beyond that point. So the error over bins, less `doubt`·s, is a lower bound of the error over
+the weights, up to the constant. Dividing by s keeps h convex: the search's own bound holds for it.
+If the doubt is below the search's tolerance, its answer stands. Else the search goes on over the
+weights, between the least and the largest scale that is still in doubt.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from brelax_jax.sets._group import Group
+from brelax_jax.sets._joined import are_local
+from brelax_jax.sets._search import (
+    FLOOR,
+    TOLERANCE,
+    Known,
+    Problem,
+    branch_and_bound,
+)
+from brelax_jax.sets._weights import Weights
+
+BINS = {2: 2**14, 4: 2**16}  # up to so many magnitudes: with these the doubt is below the tolerance
+MOST_BINS = 2**17
+LEAST_WEIGHTS = 2**18  # fewer are not worth the bins
+MOST_WEIGHTS = 2**24  # more are not counted exactly in float32
+PIECE = 2**14  # weights that are binned at a time: XLA holds the places of so many
+
+
+class Counted(NamedTuple):
+    """What stands for a group where entries are bins: each counts as often as it has weights."""
+
+    counts: Array
+
+    def sum(self, x: Array) -> Array:
+        """See `Group.sum`."""
+        return jnp.sum(self.counts * x)
+
+
+class Bins(Problem):
+    """The problem for the bins of weights, whose errors are lower bounds."""
+
+    def known(self, scale: Array) -> Known:
+        """See `Problem.known`."""
+        known = super().known(scale)
+        return known.at[1].add(-self.doubt * scale)
+
+    @property
+    def doubt(self) -> Array:
+        """See `Goal`."""
+        assert self.goal.doubt is not None
+        return self.goal.doubt
+
+
+class Found(NamedTuple):
+    """The end of a search: the best scale, with its error."""
+
+    best: Known
+
+
+def has_bins(weights: Weights) -> bool:
+    """Whether an array is one group on one device, of so many weights that bins are worth while."""
+    is_plain = weights.kept is None and weights.allowed is None and not weights.group.axis_names
+    is_large = LEAST_WEIGHTS <= weights.w.size <= MOST_WEIGHTS
+    return is_plain and is_large and weights.groups == 1 and are_local()
+
+
+def search_with_bins(problem: Problem, is_large: Array | None = None) -> Found:
+    """As `branch_and_bound`, but over bins first; of small arrays over the weights at once.
+
+    Args:
+      problem: of one group.
+      is_large: whether the array is one for bins; None if it is.
+    """
+
+    def over_bins() -> tuple[Array, Array, Array, Known]:
+        bins = in_bins(problem)
+        energy, doubt, end = bins.goal.energy, bins.doubt, branch_and_bound(bins)
+        assert end.left is not None  # as in each search in doubt
+        low, high = jnp.minimum(end.left[0], end.best[0]), jnp.maximum(end.left[1], end.best[0])
+        # Of the best scale's error all the doubt, of the bound of others half of it.
+        excess, least = doubt * (end.best[0] + high / 2), end.best[1] + doubt * end.best[0]
+        return jnp.all(excess <= TOLERANCE * least + FLOOR * energy), low, high, end.best
+
+    def over_none() -> tuple[Array, Array, Array, Known]:
+        low, high = problem.low, problem.high
+        return jnp.any(low < 0), low, high, jnp.stack([low, low])  # it never is: not settled
+
+    found = over_bins() if is_large is None else lax.cond(is_large, over_bins, over_none)
+    is_settled, low, high, best = found
+
+    def over_weights() -> Known:
+        # Where this is not a branch, as under `vmap`, the loop of a settled one ends at once.
+        narrow = problem._replace(low=low, high=jnp.where(is_settled, low, high))
+        return branch_and_bound(narrow).best
+
+    return Found(lax.cond(is_settled, lambda: best, over_weights))
+
+
+def in_bins(problem: Problem) -> Bins:
+    """The problem for the bins of the weights of a problem of one group."""
+    magnitudes, source, shape = problem.magnitudes, problem.source, problem.low.shape
+    count = next((n for most, n in BINS.items() if len(magnitudes) <= most), MOST_BINS)
+    border = sum(magnitudes[:2]) / 2 * (1 - 2.0**-10)  # below every border between two codes
+    first, last = _bits(problem.low * border), _bits(source.unit.divided(source.peak))
+    drops = jnp.arange(8 * first.dtype.itemsize - 1, dtype=first.dtype)
+    has_more = ((last - first)[..., None] >> drops) > count - 4
+    drop = jnp.sum(has_more, axis=-1, dtype=first.dtype)  # bits, so that there are bins enough
+    base = (first >> drop) - 1
+    table, least = source.over(partial(_binned, count), base, drop)
+    base, drop = base.reshape(()), drop.reshape(())
+    places = base + jnp.arange(count, dtype=base.dtype)
+    lower, upper = _from_bits(places << drop), _from_bits((places + 1) << drop)
+    counts, excess = table.reshape(count, 2).T
+    points = lower + excess / jnp.maximum(counts, 1)
+    points = points.at[0].set(least.reshape(()) / jnp.maximum(counts[0], 1))
+    widest = jnp.max((counts * (upper - lower))[1:])
+    group = Counted(counts)
+
+    def over(function: Callable[..., Any], *numbers: Array) -> Any:
+        found = function(points, group, *(x.reshape(()) for x in numbers))
+        return jax.tree.map(lambda x: x.reshape(shape), found)
+
+    doubt = (magnitudes[-1] - magnitudes[0]) * widest.reshape(shape) / 2
+    energy = group.sum(jnp.square(points)).reshape(shape)
+    goal = problem.goal._replace(energy=energy, doubt=doubt)
+    return Bins(magnitudes, source._replace(over=over), problem.low, problem.high, goal)
+
+
+def _binned(count: int, a: Array, group: Group, base: Array, drop: Array) -> tuple[Array, Array]:
+    """How many of the magnitudes are in each of so many bins, with the sum of what they are above
+    its lower end; and the sum of those in the first bin, which may be most of them.
+    """
+    del group  # there is one
+    a, base, drop = a.reshape(-1), base.reshape(()), drop.reshape(())
+
+    def add(table: Array, least: Array, values: Array) -> tuple[Array, Array]:
+        place = _bits(values) >> drop
+        bins = jnp.clip(place - base, 0, count - 1)
+        is_least = bins == 0
+        excess = jnp.where(is_least, 0, values - _from_bits(place << drop))
+        one_more = jnp.stack([jnp.ones_like(excess), excess], axis=-1)
+        table = table.at[bins].add(one_more, mode="promise_in_bounds")
+        return table, least + jnp.sum(jnp.where(is_least, values, 0))
+
+    def add_piece(turn: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        return add(*sums, lax.dynamic_slice(a, (turn * PIECE,), (PIECE,)))
+
+    pieces, rest = divmod(a.size, PIECE)
+    sums = add(jnp.zeros((count, 2), a.dtype), jnp.zeros((), a.dtype), a[a.size - rest :])
+    return lax.fori_loop(0, pieces, add_piece, sums) if pieces else sums
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
+
+
+def _from_bits(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float64 if bits.dtype.itemsize == 8 else jnp.float32)
