@@ -32,12 +32,17 @@ from brelax_jax.sets._search import (
     TOLERANCE,
     Known,
     Problem,
+    Search,
     branch_and_bound,
 )
 from brelax_jax.sets._weights import Weights
 
-BINS = {2: 2**14, 4: 2**16}  # up to so many magnitudes: with these the doubt is below the tolerance
-MOST_BINS = 2**17
+BINS = {
+    2: 2**14 + 1,
+    4: 2**16 + 1,
+}  # up to so many magnitudes: with these the doubt is below the tolerance
+MOST_BINS = 2**17 + 1
+MERGED = 16  # bins, where there are that many, for a first search
 LEAST_WEIGHTS = 2**18  # fewer are not worth the bins
 MOST_WEIGHTS = 2**24  # more are not counted exactly in float32
 PIECE = 2**14  # weights that are binned at a time: XLA holds the places of so many
@@ -90,13 +95,14 @@ def search_with_bins(problem: Problem, is_large: Array | None = None) -> Found:
     """
 
     def over_bins() -> tuple[Array, Array, Array, Known]:
-        bins = in_bins(problem)
-        energy, doubt, end = bins.goal.energy, bins.doubt, branch_and_bound(bins)
-        assert end.left is not None  # as in each search in doubt
-        low, high = jnp.minimum(end.left[0], end.best[0]), jnp.maximum(end.left[1], end.best[0])
+        low, high, best = problem.low, problem.high, problem.goal.kept
+        several = in_bins(problem)
+        for bins in several:
+            low, high, best = _left(branch_and_bound(bins._replace(low=low, high=high)))
+        bins = several[-1]
         # Of the best scale's error all the doubt, of the bound of others half of it.
-        excess, least = doubt * (end.best[0] + high / 2), end.best[1] + doubt * end.best[0]
-        return jnp.all(excess <= TOLERANCE * least + FLOOR * energy), low, high, end.best
+        excess, least = bins.doubt * (best[0] + high / 2), best[1] + bins.doubt * best[0]
+        return jnp.all(excess <= TOLERANCE * least + FLOOR * bins.goal.energy), low, high, best
 
     def over_none() -> tuple[Array, Array, Array, Known]:
         low, high = problem.low, problem.high
@@ -113,9 +119,17 @@ def search_with_bins(problem: Problem, is_large: Array | None = None) -> Found:
     return Found(lax.cond(is_settled, lambda: best, over_weights))
 
 
-def in_bins(problem: Problem) -> Bins:
-    """The problem for the bins of the weights of a problem of one group."""
-    magnitudes, source, shape = problem.magnitudes, problem.source, problem.low.shape
+def _left(end: Search) -> tuple[Array, Array, Known]:
+    """The least and the largest scale that may be better than the best, or are it; and the best."""
+    assert end.left is not None  # as in each search in doubt
+    return jnp.minimum(end.left[0], end.best[0]), jnp.maximum(end.left[1], end.best[0]), end.best
+
+
+def in_bins(problem: Problem) -> list[Bins]:
+    """The problem for the bins of the weights of a problem of one group; if there are many, for
+    fewer and wider ones before.
+    """
+    magnitudes, source = problem.magnitudes, problem.source
     count = next((n for most, n in BINS.items() if len(magnitudes) <= most), MOST_BINS)
     border = sum(magnitudes[:2]) / 2 * (1 - 2.0**-10)  # below every border between two codes
     first, last = _bits(problem.low * border), _bits(source.unit.divided(source.peak))
@@ -128,19 +142,32 @@ def in_bins(problem: Problem) -> Bins:
     places = base + jnp.arange(count, dtype=base.dtype)
     lower, upper = _from_bits(places << drop), _from_bits((places + 1) << drop)
     counts, excess = table.reshape(count, 2).T
-    points = lower + excess / jnp.maximum(counts, 1)
-    points = points.at[0].set(least.reshape(()) / jnp.maximum(counts[0], 1))
-    widest = jnp.max((counts * (upper - lower))[1:])
-    group = Counted(counts)
+    sums = (counts * lower + excess).at[0].set(least.reshape(()))
+    bins = [(counts, sums, upper - lower)]
+    if count >= MOST_BINS:
+        bins.insert(0, (_merged(counts), _merged(sums), _merged(upper - lower)))
+    return [_of_bins(problem, *each) for each in bins]
+
+
+def _merged(x: Array) -> Array:
+    """The sums over so many bins each, but of the first one alone."""
+    return jnp.append(x[0], jnp.sum(x[1:].reshape(-1, MERGED), axis=1))
+
+
+def _of_bins(problem: Problem, counts: Array, sums: Array, widths: Array) -> Bins:
+    """The problem for bins with these counts of weights, their sums, and the widths of the bins."""
+    magnitudes, shape = problem.magnitudes, problem.low.shape
+    points, group = sums / jnp.maximum(counts, 1), Counted(counts)
 
     def over(function: Callable[..., Any], *numbers: Array) -> Any:
         found = function(points, group, *(x.reshape(()) for x in numbers))
         return jax.tree.map(lambda x: x.reshape(shape), found)
 
+    widest = jnp.max((counts * widths)[1:])  # no border between two codes is in the first bin
     doubt = (magnitudes[-1] - magnitudes[0]) * widest.reshape(shape) / 2
     energy = group.sum(jnp.square(points)).reshape(shape)
     goal = problem.goal._replace(energy=energy, doubt=doubt)
-    return Bins(magnitudes, source._replace(over=over), problem.low, problem.high, goal)
+    return Bins(magnitudes, problem.source._replace(over=over), problem.low, problem.high, goal)
 
 
 def _binned(count: int, a: Array, group: Group, base: Array, drop: Array) -> tuple[Array, Array]:

@@ -55,7 +55,7 @@ def searched(name, few=False):
     @jax.jit
     def scale(w):
         problem = problem_of(w, levels)
-        end = _search.branch_and_bound(_bins.in_bins(problem))
+        end = _search.branch_and_bound(_bins.in_bins(problem)[0])
         found = _search.searched_scale(problem.magnitudes, problem.source, _bins.search_with_bins)
         return found, end.left, problem.unit.unit
 
@@ -94,7 +94,7 @@ def test_errors_over_bins_are_bounds(name, few, monkeypatch):
     @jax.jit
     def errors(w):
         problem = problem_of(w, LEVELS[name])
-        bins = _bins.in_bins(problem)
+        bins = _bins.in_bins(problem)[0]
         scales = jnp.exp(jnp.linspace(jnp.log(problem.low), jnp.log(problem.high), 60))
         lower = jax.lax.map(lambda s: bins.known(s)[1], scales)
         return problem.unit.unit, scales, lower, bins.goal.doubt * scales, bins.goal.energy
