@@ -27,14 +27,8 @@ from jax import Array, lax
 
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
-from brelax_jax.sets._search import (
-    FLOOR,
-    TOLERANCE,
-    Known,
-    Problem,
-    Search,
-    branch_and_bound,
-)
+from brelax_jax.sets._problem import FLOOR, TOLERANCE, Known, Problem
+from brelax_jax.sets._search import Search, branch_and_bound
 from brelax_jax.sets._weights import Weights
 
 BINS = {

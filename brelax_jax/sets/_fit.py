@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from brelax_jax.sets._levels import at_index, level_index, shift_of
 from brelax_jax.sets._rules import Fit, LeastSquares
 from brelax_jax.sets._scale_dtype import Scales
-from brelax_jax.sets._together import searched_scales
+from brelax_jax.sets._searches import searched_scales
 from brelax_jax.sets._weights import Weights
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from jax import Array, lax
 from brelax_jax.sets._bins import has_bins, search_with_bins
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
+from brelax_jax.sets._problem import Source, in_units
 from brelax_jax.sets._scale_dtype import Scales
-from brelax_jax.sets._search import Source, branch_and_bound, in_units, searched_scale
+from brelax_jax.sets._search import branch_and_bound, searched_scale
 from brelax_jax.sets._sweep import has_rows, swept_scale
 from brelax_jax.sets._weights import Unit, Weights
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax.sets._group import Group
+from brelax_jax.sets._problem import FLOOR, TOLERANCE
 from brelax_jax.sets._scale_dtype import Scales
-from brelax_jax.sets._search import FLOOR, TOLERANCE
 from brelax_jax.sets._sweep import has_rows
 from brelax_jax.sets._weights import Unit, Weights
 

@@ -17,17 +17,8 @@ from jax import Array, lax
 
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
-from brelax_jax.sets._search import (
-    ROUNDS,
-    Goal,
-    Known,
-    Problem,
-    Source,
-    first_scales,
-    interval,
-    is_open,
-    searched_scale,
-)
+from brelax_jax.sets._problem import Goal, Known, Problem, Source, interval, is_open
+from brelax_jax.sets._search import ROUNDS, first_scales, searched_scale
 from brelax_jax.sets._weights import Weights
 
 MOST_ROWS = 64  # programs grow with them

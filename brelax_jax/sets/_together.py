@@ -12,28 +12,18 @@ is forgotten, which costs evaluations later.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._in_turn import Operands, in_turn
+from brelax_jax.sets._in_turn import Operands
 from brelax_jax.sets._joined import MOST_GROUPS, Layout, can_be_joined
-from brelax_jax.sets._search import (
-    ROUNDS,
-    TOLERANCE,
-    Goal,
-    Known,
-    between,
-    bounds,
-    interval,
-    is_open,
-)
-from brelax_jax.sets._small_groups import is_small, small_scales
+from brelax_jax.sets._problem import TOLERANCE, Goal, Known, bounds, interval, is_open
+from brelax_jax.sets._search import ROUNDS, between
 from brelax_jax.sets._weights import Unit, Weights, errors, gains, refitted
 
 LEAST_ENTRIES = 1024  # of a group of such an array, for several scales a round
@@ -55,59 +45,22 @@ MANY = Shape(scales=16, intervals=32)
 FEW = Shape(scales=4, intervals=8)  # where what is remembered of groups would outweigh them
 
 
-def searched_scales(
-    magnitudes: Sequence[float], arrays: Sequence[Weights], forced: bool | None = None
-) -> list[Array]:
-    """As `searched_scale`, for each of some arrays.
-
-    Args:
-      magnitudes: those of the levels, ascending.
-      arrays: the weights.
-      forced: for tests, whether to search together, whatever the platform.
-    """
-    loops: dict[Hashable, list[int]] = {}
-    scales: dict[int, Array] = {}
-    for i, each in enumerate(arrays):
-        if is_small(magnitudes, each):
-            scales[i] = small_scales(magnitudes, each)
-        else:
-            loops.setdefault(_loop_of(each), []).append(i)
-    for members in loops.values():
-        own = [arrays[i] for i in members]
-        operands = [(each.w, each.kept) for each in own]
-        searches = partial(in_turn, magnitudes, own), partial(_at_once, magnitudes, own)
-        if forced is not None:
-            found = searches[forced](operands)
-        else:
-            found = lax.platform_dependent(operands, cpu=searches[0], default=searches[1])
-        scales |= zip(members, found, strict=True)
-    return [scales[i] for i in range(len(arrays))]
-
-
-def _loop_of(weights: Weights) -> Hashable:
-    """Arrays for which this is the same may share a loop.
-
-    Inside `jax.shard_map` devices that share a group must do the same number of rounds.
-    """
-    names = weights.group.axis_names
-    varying = jax.typeof(weights.w).manual_axis_type.varying - set(names)
-    return weights.w.dtype, names, varying, weights.kept is None, weights.allowed, _shape(weights)
-
-
-def _shape(weights: Weights) -> Shape:
+def shape_of(weights: Weights) -> Shape:
+    """How the search of an array proceeds."""
     few = weights.groups > MOST_GROUPS and weights.entries < LEAST_ENTRIES
     return FEW if few else MANY
 
 
-def _at_once(
+def at_once(
     magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
 ) -> list[Array]:
+    """As `in_turn`, in one loop."""
     arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
     joined = [i for i, x in enumerate(arrays) if can_be_joined(x.groups)]
     members = [joined] if joined else []
     members += [[i] for i in range(len(arrays)) if i not in joined]
     parts = [Part.of(magnitudes, [arrays[i] for i in each]) for each in members]
-    searches = branch_and_bound(parts, _shape(arrays[0]))
+    searches = branch_and_bound(parts, shape_of(arrays[0]))
     scales: dict[int, Array] = {}
     for each, part, search in zip(members, parts, searches, strict=True):
         scales |= zip(each, part.scales(search.best[0]), strict=True)

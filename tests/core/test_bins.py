@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
-from brelax_jax.sets import _bins, _search
+from brelax_jax.sets import _bins, _problem, _search
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._weights import Weights
 from tests.helpers import oracles
@@ -42,9 +42,9 @@ def made() -> dict[str, np.ndarray]:
 WEIGHTS = {name: w.astype(np.float32) for name, w in made().items()}
 
 
-def problem_of(w, levels) -> _search.Problem:
+def problem_of(w, levels) -> _problem.Problem:
     magnitudes = tuple(float(level) for level in levels if level >= 0)
-    return _search.problem_of(magnitudes, _search.Source.of(Weights(w, Group((0,)))))
+    return _problem.problem_of(magnitudes, _problem.Source.of(Weights(w, Group((0,)))))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brelax_jax.sets import Group, _levels, _rules, _search
+from brelax_jax.sets import Group, _levels, _problem, _rules, _search
 from brelax_jax.sets._weights import Weights
 from tests.helpers import oracles, searching
 
@@ -32,7 +32,7 @@ tiny_groups = hnp.arrays(np.float32, (8, 5), elements=floats | st.sampled_from([
 def search(w, many):
     """The scale of every row for each of some level sets: searches share what is compiled."""
     magnitudes = [tuple(float(level) for level in levels if level >= 0) for levels in many]
-    source = _search.Source.of(Weights(w, ROWS))
+    source = _problem.Source.of(Weights(w, ROWS))
     return [_search.searched_scale(each, source) for each in magnitudes]
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from brelax_jax.sets import _fit, _search, _together
+from brelax_jax.sets import _fit, _problem, _search, _together
 from brelax_jax.sets._weights import Weights
 
 KINDS = {"in turn": False, "together": True}
@@ -10,8 +10,8 @@ KINDS = {"in turn": False, "together": True}
 
 def in_turn(a, magnitudes, group) -> _search.Search:
     """The search for the scales of one array, one scale a round, at its end."""
-    source = _search.Source.of(Weights(a, group))
-    return _search.branch_and_bound(_search.problem_of(tuple(map(float, magnitudes)), source))
+    source = _problem.Source.of(Weights(a, group))
+    return _search.branch_and_bound(_problem.problem_of(tuple(map(float, magnitudes)), source))
 
 
 def together(a, magnitudes, group, shape=_together.MANY) -> _together.Search:
