@@ -12,7 +12,9 @@ import brelax_jax as brx
 from brelax_jax.sets import _bins, _problem, _search
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._weights import Weights
-from tests.helpers import oracles
+from tests.helpers import covering, oracles
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 N = 20_011  # weights, no multiple of a piece
 LEVELS = {
@@ -65,9 +67,17 @@ def searched(name, few=False):
         return {kind: jax.device_get(scale(w)) for kind, w in WEIGHTS.items()}
 
 
-@pytest.mark.parametrize("few", [False, True], ids=["bins", "few bins"])
-@pytest.mark.parametrize("name", LEVELS)
-def test_scales_are_the_best(name, few):
+@pytest.mark.parametrize("name", covering.some(LEVELS, ["ternary", "uniform4", "powers"]))
+def test_scales_are_the_best(name):
+    scales_are_the_best(name, few=False)
+
+
+@pytest.mark.parametrize("name", covering.some(LEVELS, ["two-bit", "uniform4"]))
+def test_scales_are_the_best_where_few_bins_leave_it_open(name):
+    scales_are_the_best(name, few=True)
+
+
+def scales_are_the_best(name, few):
     for kind, (scale, *_) in searched(name, few).items():
         w = WEIGHTS[kind].astype(np.float64)
         least = oracles.optimum(w, LEVELS[name])[1]
@@ -75,7 +85,7 @@ def test_scales_are_the_best(name, few):
         assert found <= least * (1 + 4e-6) + 1e-11 * (w @ w), kind
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", covering.some(LEVELS, ["two-bit", "uniform4"]))
 def test_what_bins_leave_open_has_the_best_scale(name):
     for kind, (_, left, unit) in searched(name, few=True).items():
         best = oracles.optimum(WEIGHTS[kind].astype(np.float64), LEVELS[name])[0]
