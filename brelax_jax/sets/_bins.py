@@ -31,11 +31,9 @@ from brelax_jax.sets._problem import FLOOR, TOLERANCE, Known, Problem
 from brelax_jax.sets._search import Search, branch_and_bound
 from brelax_jax.sets._weights import Weights
 
-BINS = {
-    2: 2**14 + 1,
-    4: 2**16 + 1,
-}  # up to so many magnitudes: with these the doubt is below the tolerance
-MOST_BINS = 2**17 + 1
+# Of up to so many magnitudes. With these the doubt is seldom above the tolerance.
+BINS = {2: 2**14 + 1, 4: 2**16 + 1}
+MOST_BINS = 2**17 + 1  # of more magnitudes
 MERGED = 16  # bins, where there are that many, for a first search
 LEAST_WEIGHTS = 2**18  # fewer are not worth the bins
 MOST_WEIGHTS = 2**24  # more are not counted exactly in float32
