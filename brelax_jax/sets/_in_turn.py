@@ -7,7 +7,7 @@ is not such a pass is in the program once.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +17,24 @@ from brelax_jax.sets._bins import has_bins, search_with_bins
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._problem import Source, in_units
+from brelax_jax.sets._rows import has_rows, in_rows
 from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._search import branch_and_bound, searched_scale
-from brelax_jax.sets._sweep import has_rows, swept_scale
+from brelax_jax.sets._sweep import swept_scales
 from brelax_jax.sets._weights import Unit, Weights
 
 MOST_ARRAYS = 32  # of one loop: each choice has as many branches, and each branch gets all arrays
 MOST_WEIGHTS = 2**23  # of one loop of several arrays: all are kept in units
 
-Operands: TypeAlias = Sequence[tuple[Array, Array | None]]  # weights, and the scales to keep
 
-
-def in_turn(
-    magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
-) -> list[Array]:
+def in_turn(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:
     """As `searched_scale`, for each of some arrays.
 
     Args:
       magnitudes: those of the levels, ascending.
       arrays: the weights, of one dtype and with the same allowed scales.
-      operands: what is to be taken in place of their `w` and `kept`.
     """
     magnitudes = tuple(magnitudes)
-    arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
     scales: dict[int, Array] = {}
     last = jnp.zeros(())
     for members in _loops(arrays):
@@ -84,7 +79,7 @@ def _searched_alone(
     """Traced once for arrays of equal shapes."""
     weights = Weights(w, group, kept, tolerance, allowed)
     if has_rows(weights):
-        return swept_scale(magnitudes, weights, before)
+        return swept_scales(magnitudes, [in_rows(weights)], 1, before)[0].reshape(group.numbers(w))
     search = search_with_bins if has_bins(weights) else branch_and_bound
     return searched_scale(magnitudes, Source.of(weights, before), search)
 

@@ -28,6 +28,7 @@ TOLERANCE = 1e-6  # of the squared error
 FLOOR = 1e-12  # of the sum of squares: errors below are rounding
 
 Known: TypeAlias = Array  # scales, and the errors at them, along a first axis of two
+Pair: TypeAlias = tuple[Array, Array]  # the same in two arrays
 
 
 class Goal(NamedTuple):
@@ -46,7 +47,7 @@ class Goal(NamedTuple):
     tolerance: Array
     doubt: Array | None = None
 
-    def search_below(self, best: Known) -> Array:
+    def search_below(self, best: Known | Pair) -> Array:
         """The error below which a scale is worth searching for."""
         if self.doubt is not None:
             return best[1] + self.doubt * best[0]
@@ -58,7 +59,7 @@ class Goal(NamedTuple):
             return jnp.zeros_like(scale)
         return jnp.sqrt(2 * self.doubt * scale / self.energy)
 
-    def replace_below(self, best: Known) -> Array:
+    def replace_below(self, best: Known | Pair) -> Array:
         """The error below which another scale replaces the best one."""
         return jnp.where(best[0] == self.kept[0], self.search_below(best), best[1])
 
@@ -134,6 +135,14 @@ class Problem(NamedTuple):
         found = self.source.over(lambda a, group, s: error(a, s, self.magnitudes, group), scale)
         return jnp.stack([scale, found])
 
+    def errors(self, scales: Sequence[Array]) -> list[Array]:
+        """The errors at some scales, from one pass over the weights."""
+
+        def found(a: Array, group: Group, *scales: Array) -> list[Array]:
+            return [error(a, s, self.magnitudes, group) for s in scales]
+
+        return self.source.over(found, *scales)
+
     def refitted(self, scale: Array) -> Array:
         """The least-squares scale for the codes that are nearest at `scale`."""
 
@@ -142,6 +151,12 @@ class Problem(NamedTuple):
             return group.sum(gain), group.sum(norm)
 
         return refitted(scale, *self.source.over(sums, scale))
+
+    def scales(self, best: Array) -> Array:
+        """The scales of the weights, from the best ones in units."""
+        if self.unit.allowed is None:
+            best = self.refitted(best)
+        return self.unit.scales(best, self.source.peak)
 
 
 def problem_of(magnitudes: Sequence[float], source: Source) -> Problem:
@@ -175,19 +190,21 @@ def bounds(
     return unit.at_most(low), unit.at_most(unit.after(unit.at_most(high)))
 
 
-def is_open(left: Known, right: Known, best: Known, goal: Goal, unit: Unit) -> Array:
+def is_open(
+    left: Known | Pair, right: Known | Pair, best: Known | Pair, goal: Goal, unit: Unit
+) -> Array:
     """Whether an interval is to be split: a scale in it may be better than the best."""
     after = jnp.maximum(unit.after(left[0]), left[0] * (1 + goal.resolution(left[0])))
     return (right[0] > after) & may_be_better(left, right, best, goal)
 
 
-def may_be_better(left: Known, right: Known, best: Known, goal: Goal) -> Array:
+def may_be_better(left: Known | Pair, right: Known | Pair, best: Known | Pair, goal: Goal) -> Array:
     """Whether a scale between two others may be better than the best."""
     return interval(left, right, goal.energy)[0] < goal.search_below(best)
 
 
 @jax.jit
-def interval(left: Known, right: Known, energy: Array) -> tuple[Array, Array]:
+def interval(left: Known | Pair, right: Known | Pair, energy: Array) -> tuple[Array, Array]:
     """A lower bound of E between two scales, and the scale at which to split their interval.
 
     With s = s₀·(1 + t·(r − 1)), r = s₁/s₀, the chord of h gives

@@ -87,10 +87,7 @@ def searched_scale(
       infinity.
     """
     problem = problem_of(magnitudes, source)
-    best = search(problem).best[0]
-    if source.unit.allowed is None:
-        best = problem.refitted(best)
-    return source.unit.scales(best, source.peak)
+    return problem.scales(search(problem).best[0])
 
 
 @jax.jit

@@ -1,15 +1,21 @@
 """Which search finds the scales of which array."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import jax
 from jax import Array, lax
 
 from brelax_jax.sets._in_turn import in_turn
-from brelax_jax.sets._small_groups import is_small, small_scales
+from brelax_jax.sets._rows import has_rows, joined_rows
+from brelax_jax.sets._small_groups import is_small, small_scales, small_scales_on_cpu
+from brelax_jax.sets._sweep import FEW, swept_scales
 from brelax_jax.sets._together import at_once, shape_of
 from brelax_jax.sets._weights import Weights
+
+Search: TypeAlias = Callable[[Sequence[float], Sequence[Weights]], list[Array]]
+Operands: TypeAlias = Sequence[tuple[Array, Array | None]]  # weights, and the scales to keep
 
 
 def searched_scales(
@@ -20,32 +26,71 @@ def searched_scales(
     Args:
       magnitudes: those of the levels, ascending.
       arrays: the weights.
-      forced: for tests, whether to search together, whatever the platform.
+      forced: for tests, whether to search as on accelerators, whatever the platform.
     """
-    loops: dict[Hashable, list[int]] = {}
-    scales: dict[int, Array] = {}
-    for i, each in enumerate(arrays):
-        if is_small(magnitudes, each):
-            scales[i] = small_scales(magnitudes, each)
-        else:
-            loops.setdefault(_loop_of(each), []).append(i)
-    for members in loops.values():
-        own = [arrays[i] for i in members]
-        operands = [(each.w, each.kept) for each in own]
-        searches = partial(in_turn, magnitudes, own), partial(at_once, magnitudes, own)
-        if forced is not None:
-            found = searches[forced](operands)
-        else:
-            found = lax.platform_dependent(operands, cpu=searches[0], default=searches[1])
+
+    def by(search: Search, operands: Operands) -> list[Array]:
+        given = zip(arrays, operands, strict=True)
+        return search(magnitudes, [x._replace(w=w, kept=kept) for x, (w, kept) in given])
+
+    operands = [(each.w, each.kept) for each in arrays]
+    searches = partial(by, on_cpu), partial(by, on_accelerators)
+    if forced is not None:
+        return searches[forced](operands)
+    return lax.platform_dependent(operands, cpu=searches[0], default=searches[1])
+
+
+def on_cpu(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:
+    """One array after the other, one scale a round."""
+    small = [i for i, each in enumerate(arrays) if is_small(magnitudes, each)]
+    scales = {i: small_scales_on_cpu(magnitudes, arrays[i]) for i in small}
+    for members in _alike(arrays, [i for i in range(len(arrays)) if i not in small], by=shape_of):
+        found = in_turn(magnitudes, [arrays[i] for i in members])
         scales |= zip(members, found, strict=True)
     return [scales[i] for i in range(len(arrays))]
 
 
-def _loop_of(weights: Weights) -> Hashable:
-    """Arrays for which this is the same may share a loop.
+def on_accelerators(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:
+    """In as few kernels as can be: small groups in rows, side by side, and other arrays in one
+    loop.
+    """
+    scales: dict[int, Array] = {}
+    in_rows = [i for i, each in enumerate(arrays) if has_rows(each)]
+    for members in _alike(arrays, in_rows):
+        found = _scales_of_rows(magnitudes, [arrays[i] for i in members])
+        scales |= zip(members, found, strict=True)
+    rest = [i for i in range(len(arrays)) if i not in in_rows]
+    for members in _alike(arrays, rest, by=shape_of):
+        found = at_once(magnitudes, [arrays[i] for i in members])
+        scales |= zip(members, found, strict=True)
+    return [scales[i] for i in range(len(arrays))]
+
+
+def _scales_of_rows(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:
+    parts = joined_rows(arrays)
+    small = [part for part in parts if is_small(magnitudes, part.weights)]
+    swept = [part for part in parts if part not in small]
+    found = [small_scales(magnitudes, part.weights) for part in small]
+    if swept:
+        found += swept_scales(magnitudes, [part.weights for part in swept], FEW)
+    scales: dict[int, Array] = {}
+    for part, own in zip(small + swept, found, strict=True):
+        scales |= zip(part.members, part.split(own), strict=True)
+    return [scales[i] for i in range(len(arrays))]
+
+
+def _alike(
+    arrays: Sequence[Weights], members: Sequence[int], by: Callable[[Weights], Hashable] = type
+) -> list[list[int]]:
+    """Those of the arrays that may share a loop, by their places.
 
     Inside `jax.shard_map` devices that share a group must do the same number of rounds.
     """
-    names = weights.group.axis_names
-    varying = jax.typeof(weights.w).manual_axis_type.varying - set(names)
-    return weights.w.dtype, names, varying, weights.kept is None, weights.allowed, shape_of(weights)
+    loops: dict[Hashable, list[int]] = {}
+    for i in members:
+        weights = arrays[i]
+        names = weights.group.axis_names
+        varying = jax.typeof(weights.w).manual_axis_type.varying - set(names)
+        kind = weights.w.dtype, names, varying, weights.kept is None, weights.allowed
+        loops.setdefault((*kind, by(weights)), []).append(i)
+    return list(loops.values())

@@ -14,8 +14,8 @@ from jax import Array, lax
 
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._problem import FLOOR, TOLERANCE
+from brelax_jax.sets._rows import has_rows
 from brelax_jax.sets._scale_dtype import Scales
-from brelax_jax.sets._sweep import has_rows
 from brelax_jax.sets._weights import Unit, Weights
 
 MOST_ENTRIES = 32  # of a group: programs grow faster than it
@@ -29,16 +29,22 @@ def is_small(magnitudes: Sequence[float], weights: Weights) -> bool:
 
 def small_scales(magnitudes: Sequence[float], weights: Weights) -> Array:
     """As `searched_scale`."""
-    _, group, _, *settings = weights
-    scales = functools.partial(_scales, tuple(magnitudes), group, *settings)
+    w, group, kept, *settings = weights
+    return _scales(tuple(magnitudes), group, *settings, w, kept)
 
-    def scales_first(w: Array, kept: Array | None) -> Array:
-        """XLA on CPU would compute a scale anew for each weight that it is multiplied with, but
-        not what stands in a branch.
-        """
-        return lax.cond(jnp.any(w != 0), scales, lambda *x: jnp.zeros_like(scales(*x)), w, kept)
 
-    return lax.platform_dependent(weights.w, weights.kept, cpu=scales_first, default=scales)
+def small_scales_on_cpu(magnitudes: Sequence[float], weights: Weights) -> Array:
+    """As `small_scales`. XLA on CPU would compute a scale anew for each weight that it is
+    multiplied with, but not what stands in a branch.
+    """
+
+    def scales(w: Array, kept: Array | None) -> Array:
+        return small_scales(magnitudes, weights._replace(w=w, kept=kept))
+
+    def zeros(w: Array, kept: Array | None) -> Array:
+        return jnp.zeros_like(scales(w, kept))
+
+    return lax.cond(jnp.any(weights.w != 0), scales, zeros, weights.w, weights.kept)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -1,50 +1,39 @@
-"""The search for the scales of small groups on CPU: all groups at once, and little to remember.
+"""The search for the scales of small groups: all groups at once, and little to remember.
 
 The bound and the certificate are those of `_search.py`, but a group has few entries. So what is
 remembered of each costs as much as evaluating E, and a reduction along so short an axis more. Here
 the entries of the groups are rows, which are added. Nothing is remembered of what is ahead: the
 search goes up from the least scale by steps, as far as the bound is expected to allow. Where it
 does not, the next step is a shorter one.
+
+On CPU a round evaluates one scale. On accelerators it evaluates a few, because there reading the
+weights and launching kernels cost more than arithmetic: the scales of the next steps, were they
+all as long as the first.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from brelax_jax.sets._group import Group
-from brelax_jax.sets._joined import are_local
-from brelax_jax.sets._problem import Goal, Known, Problem, Source, interval, is_open
-from brelax_jax.sets._search import ROUNDS, first_scales, searched_scale
+from brelax_jax.sets._problem import (
+    Goal,
+    Pair,
+    Problem,
+    Source,
+    interval,
+    is_open,
+    problem_of,
+)
+from brelax_jax.sets._search import ROUNDS, first_scales
 from brelax_jax.sets._weights import Weights
 
-MOST_ROWS = 64  # programs grow with them
 GROWTH = 1.5  # of a step, at least, after one that the bound allowed
-
-
-class Rows(Group):
-    """Groups of few entries, which lie along the first axes."""
-
-    def _reduced(self, combine: Callable[[Array, Array], Array], x: Array) -> Array:
-        for axis in self.axes:
-            x = functools.reduce(combine, jnp.split(x, x.shape[axis], axis))
-        return x
-
-    def sum(self, x: Array) -> Array:
-        """See `Group.sum`."""
-        return self._reduced(jnp.add, x)
-
-    def mean(self, x: Array) -> Array:
-        """See `Group.mean`."""
-        return self.sum(x) / self.size(x)
-
-    def max(self, x: Array, initial: float | None = None) -> Array:
-        """See `Group.max`."""
-        largest = self._reduced(jnp.maximum, x)
-        return largest if initial is None else jnp.maximum(largest, initial)
+FEW = 4  # scales a round, on accelerators
 
 
 class Sweep(NamedTuple):
@@ -52,86 +41,110 @@ class Sweep(NamedTuple):
 
     Attributes:
       below: up to here there is nothing better than the best.
-      scale: the larger one to evaluate next.
+      ahead: the larger ones to evaluate next, ascending.
       best: the scale of the least error so far.
-      rounds: evaluations so far.
+      end: the largest scale.
+      rounds: so far.
     """
 
-    below: Known
-    scale: Array
-    best: Known
+    below: Pair
+    ahead: list[Array]
+    best: Pair
+    end: Array
     rounds: Array
 
 
-def has_rows(weights: Weights, most: int = MOST_ROWS) -> bool:
-    """Whether each of several groups lies on one device and has at most so many entries."""
-    w, group = weights.w, weights.group
-    spec = (*jax.typeof(w).sharding.spec, *[None] * w.ndim)
-    return (
-        len(group.axes) < w.ndim
-        and not group.axis_names
-        and all(spec[axis] is None for axis in group.axes)
-        and group.size(w) <= most
-    )
+def swept_scales(
+    magnitudes: Sequence[float],
+    arrays: Sequence[Weights],
+    scales: int,
+    before: Array | None = None,
+) -> list[Array]:
+    """As `searched_scale`, for each of some arrays in rows, in one loop.
+
+    Args:
+      magnitudes: those of the levels, ascending.
+      arrays: the weights.
+      scales: to evaluate in each group in each round.
+      before: see `Source.of`.
+    """
+    problems = [problem_of(magnitudes, Source.of(each, before)) for each in arrays]
+    return [
+        problem.scales(search.best[0])
+        for problem, search in zip(problems, sweeps(problems, scales), strict=True)
+    ]
 
 
-def swept_scale(
-    magnitudes: Sequence[float], weights: Weights, before: Array | None = None
-) -> Array:
-    """As `searched_scale`."""
-    w, group, kept, *_ = weights
-    first = tuple(range(len(group.axes)))
+def sweeps(problems: Sequence[Problem], scales: int) -> tuple[Sweep, ...]:
+    """The searches at their end."""
 
-    def in_rows(x: Array) -> Array:
-        x = jnp.moveaxis(x, group.axes, first)
-        # Without a short last axis programs are faster, but XLA would move sharded groups.
-        return x.reshape(*x.shape[: len(first)], -1) if are_local() else x
+    def is_uncertain(searches: tuple[Sweep, ...]) -> Array:
+        any_open = [jnp.any(each.below[0] < each.end) for each in searches]
+        return (searches[0].rounds < ROUNDS) & functools.reduce(jnp.logical_or, any_open)
 
-    w, kept = jax.tree.map(in_rows, (w, kept))
-    rows = Source.of(weights._replace(w=w, kept=kept, group=Rows(first)), before)
-    return searched_scale(magnitudes, rows, sweep).reshape(group.numbers(weights.w))
+    def step(searches: tuple[Sweep, ...]) -> tuple[Sweep, ...]:
+        return tuple(map(_step, problems, searches))
+
+    return lax.while_loop(is_uncertain, step, tuple(map(partial(_start, scales), problems)))
 
 
-def sweep(problem: Problem) -> Sweep:
-    """The search at its end."""
-    nodes = lax.map(problem.known, first_scales(problem.low, problem.high, problem.unit))
+def _start(scales: int, problem: Problem) -> Sweep:
+    first = first_scales(problem.low, problem.high, problem.unit)
+    nodes = first, lax.map(lambda scale: problem.errors([scale])[0], first)
     best = _best_of(nodes, problem.goal)
-    below, end = nodes[0], nodes[-1, 0]
+    below = nodes[0][0], nodes[1][0]
+    ahead = _ahead(scales, below, _onward(problem, below, best))
+    return Sweep(below, ahead, best, first[-1], jnp.zeros((), jnp.int32))
 
-    def is_uncertain(sweep: Sweep) -> Array:
-        return (sweep.rounds < ROUNDS) & jnp.any(sweep.below[0] < end)
 
-    start = Sweep(below, _onward(problem, below, best), best, jnp.zeros((), jnp.int32))
-    return lax.while_loop(is_uncertain, functools.partial(_step, problem, end), start)
+def _ahead(scales: int, below: Pair, first: Array) -> list[Array]:
+    """Some scales to evaluate next, from the first one on."""
+    step = first - below[0]
+    return [first + i * step for i in range(scales)]
 
 
 @jax.jit
-def _best_of(nodes: Known, goal: Goal) -> Known:
+def _best_of(nodes: Pair, goal: Goal) -> Pair:
     """The best of some scales, or the scale to keep."""
-    least = jnp.argmin(nodes[:, 1], axis=0)[None, None]
-    best = jnp.take_along_axis(nodes, least, axis=0)[0]
-    far = best[1] >= goal.search_below(goal.kept)
-    return jnp.where(far, goal.kept, best)
+    least = jnp.argmin(nodes[1], axis=0)[None]
+    scale, error = (jnp.take_along_axis(x, least, axis=0)[0] for x in nodes)
+    far = error >= goal.search_below(goal.kept)
+    return jnp.where(far, goal.kept[0], scale), jnp.where(far, goal.kept[1], error)
 
 
-def _step(problem: Problem, end: Array, sweep: Sweep) -> Sweep:
-    """After evaluating the next scale of each group."""
-    below, goal, unit = sweep.below, problem.goal, problem.unit
-    scale = jnp.minimum(sweep.scale, end)
-    if unit.allowed is not None:
-        scale = jnp.clip(unit.at_most(scale), unit.after(below[0]), end)
+def _step(problem: Problem, sweep: Sweep) -> Sweep:
+    """After evaluating the next scales of each group."""
+    below, best, end, goal, unit = sweep.below, sweep.best, sweep.end, problem.goal, problem.unit
+    scales = [below[0]]
+    for scale in sweep.ahead:
+        scale = jnp.minimum(scale, end)
+        if unit.allowed is not None:
+            scale = jnp.clip(unit.at_most(scale), unit.after(scales[-1]), end)
+        scales.append(scale)
     # The barriers keep XLA from computing what is used several times as often.
-    head = lax.optimization_barrier(problem.known(lax.optimization_barrier(scale)))
-    better = head[1] < goal.replace_below(sweep.best)
-    best = lax.optimization_barrier(jnp.where(better, head, sweep.best))
-    shorter = interval(below, head, goal.energy)[1]
-    onward = jnp.maximum(_onward(problem, head, best), head[0] + GROWTH * (head[0] - below[0]))
-    passed = ~is_open(below, head, best, goal, unit)
-    passed, scale = lax.optimization_barrier((passed, jnp.where(passed, onward, shorter)))
-    return Sweep(jnp.where(passed, head, below), scale, best, sweep.rounds + 1)
+    scales = lax.optimization_barrier(scales[1:])
+    nodes = list(zip(scales, lax.optimization_barrier(problem.errors(scales)), strict=True))
+    for node in nodes:
+        best = _where(node[1] < goal.replace_below(best), node, best)
+    best = lax.optimization_barrier(best)
+    passed, step, shorter, low = jnp.ones_like(end, bool), below[0], below[0], below
+    for node in nodes:
+        shorter = jnp.where(passed, interval(low, node, goal.energy)[1], shorter)
+        passed &= ~is_open(low, node, best, goal, unit)
+        step = jnp.where(passed, node[0] - low[0], step)
+        below = _where(passed, node, below)
+        low = node
+    onward = jnp.maximum(_onward(problem, below, best), below[0] + GROWTH * step)
+    passed, onward, shorter = lax.optimization_barrier((passed, onward, shorter))
+    ahead = _ahead(len(nodes), below, jnp.where(passed, onward, shorter))
+    return Sweep(below, ahead, best, end, sweep.rounds + 1)
 
 
-def _onward(problem: Problem, head: Known, best: Known) -> Array:
+def _where(condition: Array, one: Pair, other: Pair) -> Pair:
+    return jnp.where(condition, one[0], other[0]), jnp.where(condition, one[1], other[1])
+
+
+def _onward(problem: Problem, head: Pair, best: Pair) -> Array:
     """The scale up to which the bound would allow a step, were E the same there.
 
     With e₀ = e₁ the bound of `interval` is about E − ¼(r − 1)²·Σa².

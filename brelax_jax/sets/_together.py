@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._in_turn import Operands
 from brelax_jax.sets._joined import MOST_GROUPS, Layout, can_be_joined
 from brelax_jax.sets._problem import TOLERANCE, Goal, Known, bounds, interval, is_open
 from brelax_jax.sets._search import ROUNDS, between
@@ -51,11 +50,8 @@ def shape_of(weights: Weights) -> Shape:
     return FEW if few else MANY
 
 
-def at_once(
-    magnitudes: Sequence[float], arrays: Sequence[Weights], operands: Operands
-) -> list[Array]:
+def at_once(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:
     """As `in_turn`, in one loop."""
-    arrays = [x._replace(w=w, kept=kept) for x, (w, kept) in zip(arrays, operands, strict=True)]
     joined = [i for i, x in enumerate(arrays) if can_be_joined(x.groups)]
     members = [joined] if joined else []
     members += [[i] for i in range(len(arrays)) if i not in joined]

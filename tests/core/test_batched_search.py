@@ -10,10 +10,12 @@ from jax.sharding import PartitionSpec as P
 import brelax_jax as brx
 from brelax_jax.sets import Fit, Group, _in_turn, _joined
 from brelax_jax.sets._fit import fit_all
+from brelax_jax.sets._rows import joined_rows
 from brelax_jax.sets._rules import mean_at_once
 from brelax_jax.sets._together import MANY
 from brelax_jax.sets._weights import Weights
 from tests.helpers import covering, oracles, searching
+from tests.helpers.training import ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -30,9 +32,10 @@ def drawn(seed=0):
     return leaves
 
 
-def blank(qset, leaves):
+def blank(sets, leaves):
     """The fits before the first ones."""
-    shapes = (qset.granularity.groups(w.shape).scale for w in leaves)
+    pairs = zip(sets, leaves, strict=True)
+    shapes = (qset.granularity.groups(w.shape).scale for qset, w in pairs)
     return [Fit(np.zeros(shape, np.float32)) for shape in shapes]
 
 
@@ -111,12 +114,58 @@ def test_a_kept_scale_stays_within_its_tolerance(kind):
     qset = brx.Ternary(rule=brx.LeastSquares(0.01))
     rng, leaves = np.random.default_rng(0), drawn()
     with searching.forced(searching.KINDS[kind]):
-        fits = fit_all([qset] * len(leaves), leaves, blank(qset, leaves))
+        fits = fit_all([qset] * len(leaves), leaves, blank([qset] * len(leaves), leaves))
         for _ in range(5):
             leaves = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
             fits = fit_all([qset] * len(leaves), leaves, fits)
             for w, fit in zip(leaves, fits, strict=True):
                 assert_optimal(qset, w, fit.scale, 0.01 + 2e-6)
+
+
+SMALL_GROUPS = [
+    brx.Ternary(granularity=brx.PerBlock(16, 0)),
+    brx.Ternary(granularity=brx.PerBlock(9, 0)),
+    brx.Uniform(4, granularity=brx.PerBlock(16, 0)),
+    brx.Uniform(4, granularity=brx.PerBlock(48, 0)),
+    brx.Uniform(4, granularity=brx.PerBlock(16, 0), rule=brx.LeastSquares(0.05)),
+]
+
+
+# In turn: test_small_groups.
+@pytest.mark.parametrize("kind", covering.some(searching.KINDS, ["together"]))
+def test_small_groups_of_several_arrays(kind):
+    """On accelerators those of one size are searched side by side."""
+    rng, sets = np.random.default_rng(0), [*SMALL_GROUPS, *SMALL_GROUPS]
+    leaves = [rng.standard_t(3, (144, 2)).astype("f4") for _ in SMALL_GROUPS]
+    leaves += [rng.standard_t(3, (144, 1, 3)).astype("f4") for _ in SMALL_GROUPS]
+    fits = blank(sets, leaves)
+    for _ in range(2):
+        with searching.forced(searching.KINDS[kind]):
+            fits = fit_all(sets, leaves, fits)
+        for qset, w, fit in zip(sets, leaves, fits, strict=True):
+            assert_optimal(qset, w, fit.scale, max(qset.rule.tolerance / 0.95, 2e-6))
+        leaves = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
+    spoilt = [w.copy() for w in leaves]
+    spoilt[2][3, 1] = np.nan
+    with searching.forced(searching.KINDS[kind]):
+        clean, found = (fit_all(sets, each, fits) for each in (leaves, spoilt))
+    for i, (one, other) in enumerate(zip(clean, found, strict=True)):
+        is_spoilt = np.isnan(other.scale)
+        assert is_spoilt.sum() == (i == 2)
+        np.testing.assert_array_equal(np.where(is_spoilt, one.scale, other.scale), one.scale)
+
+
+def test_rows_that_lie_side_by_side():
+    """Those of one size and one tolerance."""
+    shapes = [(9, 4), (9, 2, 3), (16, 5), (9, 7)]
+    weights = [Weights(ones(*shape), Group((0,))) for shape in shapes]
+    weights[3] = weights[3]._replace(tolerance=0.1)
+    parts = joined_rows(weights)
+    assert [part.members for part in parts] == [[0, 1], [2], [3]]
+    assert [part.weights.w.shape for part in parts] == [(9, 10), (16, 5), (9, 7)]
+    one, other = parts[0].split(np.arange(10.0)[None])
+    np.testing.assert_array_equal(one, [[0, 1, 2, 3]])
+    np.testing.assert_array_equal(other, [[[4, 5, 6], [7, 8, 9]]])
 
 
 def test_arrays_that_share_a_loop_get_the_scales_that_they_get_alone(monkeypatch):
@@ -126,7 +175,7 @@ def test_arrays_that_share_a_loop_get_the_scales_that_they_get_alone(monkeypatch
     qset = brx.Ternary(granularity=brx.PerChannel(), rule=rule, scale_dtype="float16")
     rng = np.random.default_rng(0)
     leaves = [rng.standard_t(3, shape).astype("f4") for shape in [(90, 40), (3, 40, 40), (90, 40)]]
-    fits = alone = blank(qset, leaves)
+    fits = alone = blank([qset] * 3, leaves)
     for _ in range(2):
         with searching.forced(searching.KINDS["in turn"]):
             fits = fit_all([qset] * 3, leaves, fits)

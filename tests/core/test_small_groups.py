@@ -12,8 +12,8 @@ import pytest
 
 import brelax_jax as brx
 from brelax_jax.sets import Fit, Group
+from brelax_jax.sets._rows import has_rows
 from brelax_jax.sets._small_groups import is_small, sorting_network
-from brelax_jax.sets._sweep import has_rows
 from brelax_jax.sets._weights import Weights
 from tests.core.test_optimality import KINDS, SETS, assert_optimal
 from tests.helpers import covering, oracles

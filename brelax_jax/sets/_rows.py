@@ -1,0 +1,116 @@
+"""Small groups as rows: the entries of a group lie along the first axes.
+
+So what is summed over a group is a sum of arrays, and nothing is reduced along a short axis. On a
+single device the groups of several arrays with as many entries are one array: whatever is done with
+them is in the program once, and is launched once.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from brelax_jax.sets._group import Group
+from brelax_jax.sets._joined import are_local
+from brelax_jax.sets._weights import Weights
+
+MOST_ROWS = 64  # programs grow with them
+
+
+class Rows(Group):
+    """Groups of few entries, which lie along the first axes."""
+
+    def _reduced(self, combine: Callable[[Array, Array], Array], x: Array) -> Array:
+        for axis in self.axes:
+            x = functools.reduce(combine, jnp.split(x, x.shape[axis], axis))
+        return x
+
+    def sum(self, x: Array) -> Array:
+        """See `Group.sum`."""
+        return self._reduced(jnp.add, x)
+
+    def mean(self, x: Array) -> Array:
+        """See `Group.mean`."""
+        return self.sum(x) / self.size(x)
+
+    def max(self, x: Array, initial: float | None = None) -> Array:
+        """See `Group.max`."""
+        largest = self._reduced(jnp.maximum, x)
+        return largest if initial is None else jnp.maximum(largest, initial)
+
+
+def has_rows(weights: Weights, most: int = MOST_ROWS) -> bool:
+    """Whether each of several groups lies on one device and has at most so many entries."""
+    w, group = weights.w, weights.group
+    spec = (*jax.typeof(w).sharding.spec, *[None] * w.ndim)
+    return (
+        len(group.axes) < w.ndim
+        and not group.axis_names
+        and all(spec[axis] is None for axis in group.axes)
+        and group.size(w) <= most
+    )
+
+
+def in_rows(weights: Weights) -> Weights:
+    """The weights with the axes of a group first, and one axis of all groups behind them."""
+    axes = weights.group.axes
+    first = tuple(range(len(axes)))
+
+    def moved(x: Array) -> Array:
+        x = jnp.moveaxis(x, axes, first)
+        # Without a short last axis programs are faster, but XLA would move sharded groups.
+        return x.reshape(*x.shape[: len(first)], -1) if are_local() else x
+
+    w, kept = jax.tree.map(moved, (weights.w, weights.kept))
+    return weights._replace(w=w, kept=kept, group=Rows(first))
+
+
+class Joined(NamedTuple):
+    """The groups of some arrays, side by side where they are on one device.
+
+    Attributes:
+      members: which of the arrays.
+      views: the shape of the scales of each, as they broadcast against it.
+      weights: all groups, in rows.
+    """
+
+    members: list[int]
+    views: list[tuple[int, ...]]
+    weights: Weights
+
+    def split(self, scales: Array) -> list[Array]:
+        """The scales of each array, from those of all groups."""
+        if len(self.views) == 1:
+            return [scales.reshape(self.views[0])]
+        ends = np.cumsum([math.prod(view) for view in self.views])[:-1].tolist()
+        parts = jnp.split(scales.reshape(-1), ends)
+        return [part.reshape(view) for part, view in zip(parts, self.views, strict=True)]
+
+
+def joined_rows(arrays: Sequence[Weights]) -> list[Joined]:
+    """Arrays that have rows, those together whose groups have as many entries."""
+    alike: dict[Hashable, list[int]] = {}
+    for i, each in enumerate(arrays):
+        # XLA would move one of those that are sharded differently.
+        alone = None if are_local() else i
+        alike.setdefault((each.entries, each.tolerance, alone), []).append(i)
+    return [_joined(members, [arrays[i] for i in members]) for members in alike.values()]
+
+
+def _joined(members: list[int], arrays: Sequence[Weights]) -> Joined:
+    rows = [in_rows(each) for each in arrays]
+    views = [each.group.numbers(each.w) for each in arrays]
+    if len(rows) == 1:
+        return Joined(members, views, rows[0])
+
+    def beside(parts: Sequence[Array]) -> Array:
+        return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in parts], axis=1)
+
+    kept = [each.kept for each in rows if each.kept is not None]
+    w, kept = beside([each.w for each in rows]), beside(kept) if kept else None
+    return Joined(members, views, rows[0]._replace(w=w, kept=kept, group=Rows((0,))))
