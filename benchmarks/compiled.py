@@ -46,6 +46,7 @@ MATRIX_SETS: dict[str, brx.QuantizedSet | None] = {
     "Ternary": brx.Ternary(),
     "Ternary, blocks of 32": brx.Ternary(granularity=BLOCKS),
     "Uniform(4), blocks of 32": brx.Uniform(4, granularity=BLOCKS),
+    "q4_0": brx.formats.q4_0(),  # blocks along the axis before the last
 }
 STACKED = [(32, 4096, 4096)] * 4 + [(32, 4096, 11008)] * 2 + [(32, 11008, 4096)]
 STACKED_SETS: dict[str, brx.QuantizedSet | None] = {

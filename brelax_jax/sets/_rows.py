@@ -20,6 +20,7 @@ from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._weights import Weights
 
 MOST_ROWS = 64  # programs grow with them
+MOST_WEIGHTS = 2**24  # of arrays that lie side by side, or share a loop: all are copied meanwhile
 
 
 class Rows(Group):
@@ -99,7 +100,19 @@ def joined_rows(arrays: Sequence[Weights]) -> list[Joined]:
         # XLA would move one of those that are sharded differently.
         alone = None if are_local() else i
         alike.setdefault((each.entries, each.tolerance, alone), []).append(i)
-    return [_joined(members, [arrays[i] for i in members]) for members in alike.values()]
+    sizes = [each.w.size for each in arrays]
+    members = [part for each in alike.values() for part in in_parts(each, sizes)]
+    return [_joined(part, [arrays[i] for i in part]) for part in members]
+
+
+def in_parts(members: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Members in parts of at most `MOST_WEIGHTS`, or of one."""
+    parts: list[list[int]] = []
+    for i in members:
+        if not parts or sum(sizes[k] for k in (*parts[-1], i)) > MOST_WEIGHTS:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def _joined(members: list[int], arrays: Sequence[Weights]) -> Joined:

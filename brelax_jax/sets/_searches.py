@@ -5,10 +5,11 @@ from functools import partial
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from brelax_jax.sets._in_turn import in_turn
-from brelax_jax.sets._rows import has_rows, joined_rows
+from brelax_jax.sets._rows import has_rows, in_parts, joined_rows
 from brelax_jax.sets._small_groups import is_small, small_scales, small_scales_on_cpu
 from brelax_jax.sets._sweep import FEW, swept_scales
 from brelax_jax.sets._together import at_once, shape_of
@@ -68,14 +69,19 @@ def on_accelerators(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> l
 
 def _scales_of_rows(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:
     parts = joined_rows(arrays)
-    small = [part for part in parts if is_small(magnitudes, part.weights)]
-    swept = [part for part in parts if part not in small]
-    found = [small_scales(magnitudes, part.weights) for part in small]
-    if swept:
-        found += swept_scales(magnitudes, [part.weights for part in swept], FEW)
+    found: dict[int, Array] = {}
+    for i, part in enumerate(parts):
+        if is_small(magnitudes, part.weights):
+            found[i] = small_scales(magnitudes, part.weights)
+    swept = [i for i in range(len(parts)) if i not in found]
+    last = jnp.zeros(())
+    for members in in_parts(swept, [part.weights.w.size for part in parts]):
+        own = [parts[i].weights for i in members]
+        found |= zip(members, swept_scales(magnitudes, own, FEW, last), strict=True)
+        last = jnp.max(found[members[-1]])
     scales: dict[int, Array] = {}
-    for part, own in zip(small + swept, found, strict=True):
-        scales |= zip(part.members, part.split(own), strict=True)
+    for i, part in enumerate(parts):
+        scales |= zip(part.members, part.split(found[i]), strict=True)
     return [scales[i] for i in range(len(arrays))]
 
 

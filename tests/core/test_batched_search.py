@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from brelax_jax.sets import Fit, Group, _in_turn, _joined
+from brelax_jax.sets import Fit, Group, _in_turn, _joined, _rows
 from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._rows import joined_rows
 from brelax_jax.sets._rules import mean_at_once
@@ -133,8 +133,9 @@ SMALL_GROUPS = [
 
 # In turn: test_small_groups.
 @pytest.mark.parametrize("kind", covering.some(searching.KINDS, ["together"]))
-def test_small_groups_of_several_arrays(kind):
-    """On accelerators those of one size are searched side by side."""
+def test_small_groups_of_several_arrays(kind, monkeypatch):
+    """On accelerators those of one size are searched side by side, up to so many weights."""
+    monkeypatch.setattr(_rows, "MOST_WEIGHTS", 2000)
     rng, sets = np.random.default_rng(0), [*SMALL_GROUPS, *SMALL_GROUPS]
     leaves = [rng.standard_t(3, (144, 2)).astype("f4") for _ in SMALL_GROUPS]
     leaves += [rng.standard_t(3, (144, 1, 3)).astype("f4") for _ in SMALL_GROUPS]
@@ -155,8 +156,8 @@ def test_small_groups_of_several_arrays(kind):
         np.testing.assert_array_equal(np.where(is_spoilt, one.scale, other.scale), one.scale)
 
 
-def test_rows_that_lie_side_by_side():
-    """Those of one size and one tolerance."""
+def test_rows_that_lie_side_by_side(monkeypatch):
+    """Those of one size and one tolerance, up to so many weights."""
     shapes = [(9, 4), (9, 2, 3), (16, 5), (9, 7)]
     weights = [Weights(ones(*shape), Group((0,))) for shape in shapes]
     weights[3] = weights[3]._replace(tolerance=0.1)
@@ -166,6 +167,8 @@ def test_rows_that_lie_side_by_side():
     one, other = parts[0].split(np.arange(10.0)[None])
     np.testing.assert_array_equal(one, [[0, 1, 2, 3]])
     np.testing.assert_array_equal(other, [[[4, 5, 6], [7, 8, 9]]])
+    monkeypatch.setattr(_rows, "MOST_WEIGHTS", 80)
+    assert [part.members for part in joined_rows(weights)] == [[0], [1], [2], [3]]
 
 
 def test_arrays_that_share_a_loop_get_the_scales_that_they_get_alone(monkeypatch):
