@@ -72,7 +72,8 @@ def _scales_of_rows(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> l
     found: dict[int, Array] = {}
     for i, part in enumerate(parts):
         if is_small(magnitudes, part.weights):
-            found[i] = small_scales(magnitudes, part.weights)
+            # So that XLA computes them once, and not anew for each weight of a group.
+            found[i] = lax.optimization_barrier(small_scales(magnitudes, part.weights))
     swept = [i for i in range(len(parts)) if i not in found]
     last = jnp.zeros(())
     for members in in_parts(swept, [part.weights.w.size for part in parts]):
@@ -86,9 +87,11 @@ def _scales_of_rows(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> l
 
 
 def _alike(
-    arrays: Sequence[Weights], members: Sequence[int], by: Callable[[Weights], Hashable] = type
+    arrays: Sequence[Weights],
+    members: Sequence[int],
+    by: Callable[[Weights], Hashable] | None = None,
 ) -> list[list[int]]:
-    """Those of the arrays that may share a loop, by their places.
+    """Those of the arrays that may share a loop, by their places; `by` is to be equal too.
 
     Inside `jax.shard_map` devices that share a group must do the same number of rounds.
     """
@@ -98,5 +101,5 @@ def _alike(
         names = weights.group.axis_names
         varying = jax.typeof(weights.w).manual_axis_type.varying - set(names)
         kind = weights.w.dtype, names, varying, weights.kept is None, weights.allowed
-        loops.setdefault((*kind, by(weights)), []).append(i)
+        loops.setdefault((*kind, by and by(weights)), []).append(i)
     return list(loops.values())

@@ -106,7 +106,7 @@ def test_errors_over_bins_are_bounds(name, few, monkeypatch):
     def errors(w):
         problem = problem_of(w, LEVELS[name])
         bins = _bins.in_bins(problem)[0]
-        scales = jnp.exp(jnp.linspace(jnp.log(problem.low), jnp.log(problem.high), 60))
+        scales = jnp.exp(jnp.linspace(jnp.log(problem.low), jnp.log(problem.high), 20))
         lower = jax.lax.map(lambda s: bins.known(s)[1], scales)
         return problem.unit.unit, scales, lower, bins.goal.doubt * scales, bins.goal.energy
 

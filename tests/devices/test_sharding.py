@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from tests.helpers import covering, meshes, quick
+from brelax_jax.sets._fit import fit_all
+from tests.helpers import covering, meshes, oracles, quick, searching
 
 SHAPE = (1, 3, 32, 16)
 SETS = {
@@ -112,6 +113,22 @@ if jax.device_count() >= meshes.DEVICES:
         assert_inherited(state, params)
         meshes.assert_same(state, alone[-1][1], rtol=1e-4)
         jax.tree.map(np.testing.assert_array_equal, params, brx.quantized_params(state, params))
+
+    @one_mode(AxisType.Auto)
+    def test_small_blocks_as_accelerators_search_them(mesh):
+        """Each array where it lies, all in one loop."""
+        uniform = brx.Uniform(3, granularity=brx.PerBlock(8, 2))
+        sets, specs = [SETS["ternary-block"], uniform, uniform], [SPECS[2], SPECS[0], SPECS[1]]
+        drawn = [weights(seed) for seed in range(3)]
+        placed = [meshes.put(w, spec, mesh) for w, spec in zip(drawn, specs, strict=True)]
+        with searching.forced(searching.KINDS["together"]):
+            fit = jax.jit(functools.partial(fit_all, sets)).lower(placed).compile()
+        assert not meshes.MOVES.findall(fit.as_text())
+        for found, w, qset in zip(fit(placed), drawn, sets, strict=True):
+            rows = np.moveaxis(w.reshape(1, 3, 4, 8, 16), 3, -1).reshape(-1, 8).astype(float)
+            for row, scale in zip(rows, np.ravel(found.scale).astype(float), strict=True):
+                least = oracles.optimum(row, qset.levels)[1]
+                assert oracles.error(row, scale, qset.levels) <= least * (1 + 2e-6)
 
     @one_mode(AxisType.Explicit)
     def test_states_lie_as_the_params_do(mesh):
