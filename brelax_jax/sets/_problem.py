@@ -9,8 +9,8 @@ descending from a start (alternating minimization, "Lloyd") is not enough. But
 is a sum of maxima of lines, hence convex. Between two scales at which E is known, h lies below its
 chord, which gives a lower bound of E on the interval in closed form, tight to second order in the
 width (`interval`). With it a search ends with a certificate: no scale anywhere has an error below
-the best one found by more than `TOLERANCE`, relative, or by more than the tolerance of a scale that
-is kept.
+the best one found by more than `TOLERANCE`, relative, and `FLOOR` of Σ a²; or by more than the
+tolerance of a scale that is kept.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """Small groups as rows: the entries of a group lie along the first axes.
 
 So what is summed over a group is a sum of arrays, and nothing is reduced along a short axis. On a
-single device the groups of several arrays with as many entries are one array: whatever is done with
-them is in the program once, and is launched once.
+single device the groups of several arrays are one array, if they have as many entries and the same
+tolerance: whatever is done with them is in the program once, and is launched once.
 """
 
 import functools
@@ -46,7 +46,7 @@ class Rows(Group):
 
 
 def has_rows(weights: Weights, most: int = MOST_ROWS) -> bool:
-    """Whether each of several groups lies on one device and has at most so many entries."""
+    """Whether each group has at most so many entries, and is not known to be on several devices."""
     w, group = weights.w, weights.group
     spec = (*jax.typeof(w).sharding.spec, *[None] * w.ndim)
     return (
@@ -94,11 +94,11 @@ class Joined(NamedTuple):
 
 
 def joined_rows(arrays: Sequence[Weights]) -> list[Joined]:
-    """Arrays that have rows, those together whose groups have as many entries."""
+    """Arrays that have rows, those together that may be, up to `MOST_WEIGHTS`."""
     alike: dict[Hashable, list[int]] = {}
     for i, each in enumerate(arrays):
         # XLA would move one of those that are sharded differently.
-        alone = None if are_local() else i
+        alone = None if are_local() and isinstance(each.w.size, int) else i
         alike.setdefault((each.entries, each.tolerance, alone), []).append(i)
     sizes = [each.w.size for each in arrays]
     members = [part for each in alike.values() for part in in_parts(each, sizes)]
@@ -106,12 +106,18 @@ def joined_rows(arrays: Sequence[Weights]) -> list[Joined]:
 
 
 def in_parts(members: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Members in parts of at most `MOST_WEIGHTS`, or of one."""
+    """Members in parts of at most `MOST_WEIGHTS`, or of one; one whose size has only a name is
+    alone.
+    """
     parts: list[list[int]] = []
+    total = None
     for i in members:
-        if not parts or sum(sizes[k] for k in (*parts[-1], i)) > MOST_WEIGHTS:
+        is_known = isinstance(sizes[i], int)
+        if total is None or not is_known or total + sizes[i] > MOST_WEIGHTS:
             parts.append([])
+            total = 0
         parts[-1].append(i)
+        total = total + sizes[i] if is_known else None
     return parts
 
 

@@ -9,9 +9,9 @@ when it is full, which costs an evaluation later.
 Where only some scales are allowed, it evaluates no others, and an interval with none inside is
 passed.
 
-This is the search of one array, one scale a round, which is fastest on CPU. For small groups
-`_sweep.py` takes its place, and on accelerators `_together.py`; large arrays have bins before it
-(`_bins.py`).
+This is the search of one array, one scale a round, which is fastest on CPU; large arrays have bins
+before it (`_bins.py`). On accelerators `_together.py` takes its place, and for small groups
+`_sweep.py`, everywhere.
 
 What is computed of each group, and not of each weight, is jitted: it is traced once for all arrays
 with as many groups.
@@ -41,7 +41,7 @@ from brelax_jax.sets._weights import Unit
 INTERVALS = 4  # to begin with, geometrically spaced
 STACK = 8  # scales ahead that are remembered
 ADVANCES = 3  # intervals that an evaluation may leave behind, at most
-ROUNDS = 2000  # evaluations of E at most; ternary takes about 10, Uniform(8) up to 400
+ROUNDS = 10_000  # at most, so that every search ends; ternary takes about 10, Uniform(8) up to 400
 
 
 class Search(NamedTuple):
@@ -141,12 +141,15 @@ def _next_scale(goal: Goal, unit: Unit, first: Array, search: Search) -> Array:
 
 @jax.jit
 def _after(goal: Goal, unit: Unit, search: Search, middle: Known) -> Search:
-    better = ~(middle[1] >= goal.replace_below(search.best))  # than a scale whose error is NaN, too
+    best = search.best
+    better = ~(middle[1] >= goal.replace_below(best))  # than a scale whose error is NaN, too
+    # Where all errors overflow, the least scale is the best one.
+    better |= jnp.isinf(best[1]) & ((best[0] <= 0) | (middle[0] < best[0]))
     is_largest = search.rounds == -(INTERVALS + 1)
     search = search._replace(
         ahead=jnp.concatenate([middle[None], search.ahead[:-1]]),
         end=jnp.where(is_largest, middle, search.end),
-        best=jnp.where(better, middle, search.best),
+        best=jnp.where(better, middle, best),
         rounds=search.rounds + 1,
     )
     # A loop, so that the program holds it once: it compiles in two thirds of the time.

@@ -75,7 +75,7 @@ def _scales_of_rows(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> l
             # So that XLA computes them once, and not anew for each weight of a group.
             found[i] = lax.optimization_barrier(small_scales(magnitudes, part.weights))
     swept = [i for i in range(len(parts)) if i not in found]
-    last = jnp.zeros(())
+    last = jnp.zeros(())  # so that one loop waits for the other: all copies at once are too many
     for members in in_parts(swept, [part.weights.w.size for part in parts]):
         own = [parts[i].weights for i in members]
         found |= zip(members, swept_scales(magnitudes, own, FEW, last), strict=True)

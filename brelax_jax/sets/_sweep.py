@@ -41,7 +41,7 @@ class Sweep(NamedTuple):
 
     Attributes:
       below: up to here there is nothing better than the best.
-      ahead: the larger ones to evaluate next, ascending.
+      ahead: the larger ones to evaluate next, ascending; none is evaluated beyond the end.
       best: the scale of the least error so far.
       end: the largest scale.
       rounds: so far.
@@ -60,7 +60,8 @@ def swept_scales(
     scales: int,
     before: Array | None = None,
 ) -> list[Array]:
-    """As `searched_scale`, for each of some arrays in rows, in one loop.
+    """As `searched_scale`, for each of some arrays in rows, in one loop; scales keep the shape of
+    rows.
 
     Args:
       magnitudes: those of the levels, ascending.
@@ -108,7 +109,7 @@ def _best_of(nodes: Pair, goal: Goal) -> Pair:
     """The best of some scales, or the scale to keep."""
     least = jnp.argmin(nodes[1], axis=0)[None]
     scale, error = (jnp.take_along_axis(x, least, axis=0)[0] for x in nodes)
-    far = error >= goal.search_below(goal.kept)
+    far = (goal.kept[0] > 0) & (error >= goal.search_below(goal.kept))
     return jnp.where(far, goal.kept[0], scale), jnp.where(far, goal.kept[1], error)
 
 

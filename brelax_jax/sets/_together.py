@@ -1,4 +1,4 @@
-"""The least-squares scales of many arrays, on accelerators in one loop for all of them.
+"""The least-squares scales of many arrays, on accelerators in one loop for all but small groups.
 
 There a kernel's launch and the end of a loop cost more than most reductions. So each round
 evaluates E at several scales of all groups of all arrays, and whatever is not a reduction over

@@ -15,7 +15,7 @@ from brelax_jax.sets._rules import mean_at_once
 from brelax_jax.sets._together import MANY
 from brelax_jax.sets._weights import Weights
 from tests.helpers import covering, oracles, searching
-from tests.helpers.training import ones
+from tests.helpers.training import normal, ones
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -169,6 +169,17 @@ def test_rows_that_lie_side_by_side(monkeypatch):
     np.testing.assert_array_equal(other, [[[4, 5, 6], [7, 8, 9]]])
     monkeypatch.setattr(_rows, "MOST_WEIGHTS", 80)
     assert [part.members for part in joined_rows(weights)] == [[0], [1], [2], [3]]
+
+
+def test_arrays_whose_sizes_have_only_names():
+    """A program can be exported for all sizes."""
+    (blocks,) = jax.export.symbolic_shape("blocks")
+    arrays = [jax.ShapeDtypeStruct((blocks, 16), "float32")] * 2
+    qset = brx.Ternary(granularity=brx.PerBlock(8))
+    scales = jax.jit(lambda *each: [fit.scale for fit in fit_all([qset] * 2, each)])
+    scales = jax.export.export(scales, platforms=["cpu", "cuda"])(*arrays).call
+    w = normal(0, 3, 16)
+    np.testing.assert_array_equal(scales(w, w)[1], qset.quantize(w).scale)
 
 
 def test_arrays_that_share_a_loop_get_the_scales_that_they_get_alone(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 import brelax_jax as brx
 from brelax_jax.sets import Fit
+from brelax_jax.sets._fit import fit_all
 from tests.helpers import covering, oracles, searching
 
 DTYPES = ["float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"]
@@ -95,6 +96,18 @@ def test_the_best_scale_among_those_of_the_dtype(dtype, kind, cases):
             assert scale in values(dtype)
             error = oracles.error(row, scale, levels)
             assert error <= least_error(row, levels, dtype) * (1 + 2e-6) + 1e-12
+
+
+@pytest.mark.parametrize("kind", searching.KINDS)
+def test_weights_that_all_scales_are_far_too_large_for_get_the_least(kind):
+    """Without a level 0. Their errors overflow, so that none is less than another."""
+    kinds = brx.PerBlock(8), brx.PerBlock(8, 0), brx.PerTensor()
+    sets = [brx.ScaledLevels((-3, -1, 1, 3), granularity=g, scale_dtype="float16") for g in kinds]
+    w = np.full((8, 8), 1e-30, np.float32)
+    with searching.forced(searching.KINDS[kind]):
+        fits = fit_all(sets, [w, w, w[:, :1]], [None] * 3)
+    for fit in fits:
+        assert set(np.ravel(fit.scale).tolist()) == {values("float16")[0]}
 
 
 @pytest.mark.parametrize(("dtype", "name"), covering.pairs(DTYPES, ["ternary", "binary"]))
