@@ -6,17 +6,15 @@ tolerance: whatever is done with them is in the program once, and is launched on
 """
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._joined import are_local
+from brelax_jax.sets._joined import Layout, are_local
 from brelax_jax.sets._weights import Weights
 
 MOST_ROWS = 64  # programs grow with them
@@ -81,16 +79,14 @@ class Joined(NamedTuple):
     """
 
     members: list[int]
-    views: list[tuple[int, ...]]
+    views: tuple[tuple[int, ...], ...]
     weights: Weights
 
     def split(self, scales: Array) -> list[Array]:
         """The scales of each array, from those of all groups."""
         if len(self.views) == 1:
             return [scales.reshape(self.views[0])]
-        ends = np.cumsum([math.prod(view) for view in self.views])[:-1].tolist()
-        parts = jnp.split(scales.reshape(-1), ends)
-        return [part.reshape(view) for part, view in zip(parts, self.views, strict=True)]
+        return Layout(self.views).split(scales.reshape(-1))
 
 
 def joined_rows(arrays: Sequence[Weights]) -> list[Joined]:
@@ -123,7 +119,7 @@ def in_parts(members: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 def _joined(members: list[int], arrays: Sequence[Weights]) -> Joined:
     rows = [in_rows(each) for each in arrays]
-    views = [each.group.numbers(each.w) for each in arrays]
+    views = tuple(each.group.numbers(each.w) for each in arrays)
     if len(rows) == 1:
         return Joined(members, views, rows[0])
 
