@@ -21,6 +21,9 @@ quick.install()
 gc.set_threshold(100_000, 20, 20)  # to import and to trace makes many objects that stay
 
 EVERY_PLATFORM = {"contract", "devices", "test_batched_search", "test_export"}
+KINDS = ("quickly, for every platform", "optimized", "quickly")  # in this order
+PACKAGE = Path(brelax_jax.__file__).parent
+cached = []  # the kind of programs in JAX's caches
 COMPILED = "BRELAX_JAX_COMPILED_TESTS"
 SLOWEST = (
     "test_on_eight_devices", "test_resume", "test_exactness", "test_batched_search",
@@ -44,8 +47,29 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest files come first, so that all workers end at about the same time."""
-    items.sort(key=lambda item: [*SLOWEST, item.path.stem].index(item.path.stem))
+    """Files whose programs are compiled alike follow one another, because caches are cleared in
+    between. Of these the slowest come first, so that all workers end at about the same time.
+    """
+    alike = {}
+    for item in items:
+        alike[item.path] = max(alike.get(item.path, 0), KINDS.index(_kind(item)))
+    items.sort(key=lambda i: (alike[i.path], [*SLOWEST, i.path.stem].index(i.path.stem)))
+
+
+def _kind(test):
+    """How a test's programs are compiled."""
+    path = test.path
+    if path.is_relative_to(PACKAGE) or "quickly_compiled" in getattr(test, "fixturenames", ()):
+        every = EVERY_PLATFORM & {path.parent.name, path.stem}
+        return "quickly, for every platform" if every else "quickly"
+    return "optimized"
+
+
+def _cache_only(kind):
+    """Drops what JAX has cached of another kind: it does not tell them apart."""
+    if cached != [kind]:
+        jax.clear_caches()
+        cached[:] = [kind]
 
 
 @contextlib.contextmanager
@@ -80,18 +104,20 @@ def quickly_compiled(compiled_programs, request):
     if request.config.option.markexpr == "soak":
         yield compiled_programs
         return
+    _cache_only(_kind(request))
     with configured(jax_disable_most_optimizations=True), pytest.MonkeyPatch.context() as patch:
-        if not EVERY_PLATFORM & {request.path.parent.name, request.path.stem}:
+        if _kind(request) == "quickly":
             patch.setattr(lax, "platform_dependent", quick.on_cpu)
         yield compiled_programs | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
-    jax.clear_caches()  # they do not tell the two kinds apart
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_doctests(request):
-    """The examples in docstrings are such programs."""
-    if request.path.is_relative_to(Path(brelax_jax.__file__).parent):
+def programs_of_this_kind(request):
+    """The examples in docstrings are compiled quickly too."""
+    if request.path.is_relative_to(PACKAGE):
         request.getfixturevalue("quickly_compiled")
+    elif _kind(request) == "optimized":
+        _cache_only("optimized")
 
 
 @pytest.fixture(scope="module")
