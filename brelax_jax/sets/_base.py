@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from brelax_jax.sets._fit import FLOATS, fit_all, fit_finely
 from brelax_jax.sets._granularity import Granularity, Groups, PerTensor, groups_of
-from brelax_jax.sets._levels import at_index, level_index
+from brelax_jax.sets._levels import at_index, level_index, magnitude_of
 from brelax_jax.sets._quantized import Quantized, without_negative_zero
 from brelax_jax.sets._rules import Fit, Fixed, LeastSquares, ScaleRule
 from brelax_jax.sets._scale_dtype import DTYPES, Scales, name_of
@@ -146,7 +146,7 @@ class QuantizedSet:
     def codes(self, w: Array, fit: Fit) -> Array:
         """Signed indices into the magnitudes, for w placed by `fit`; floats of w's shape."""
         view, _, code_scale = self.views(w, fit)
-        index = level_index(jnp.abs(view), code_scale, self.magnitudes)
+        index = level_index(magnitude_of(view), code_scale, self.magnitudes)
         index += len(self.table) - len(self.magnitudes)
         return jnp.where((view < 0) & (index > 0), -index, index).reshape(w.shape)
 

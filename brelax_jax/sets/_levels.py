@@ -28,6 +28,15 @@ def level_index(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
     return index
 
 
+def magnitude_of(w: Array) -> Array:
+    """|w|, where other passes over w take its absolute values too.
+
+    XLA on CPU would write these to memory, to compute them once, and read them in each pass. It
+    does not see that they are the same.
+    """
+    return jnp.maximum(w, -w)
+
+
 def shift_of(unit: Array) -> Array:
     """What to multiply a divisor by, so that its reciprocal is not subnormal if it is huge."""
     return jnp.where(unit > 1, 2.0**-8, 1)

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import at_index, level_index
+from brelax_jax.sets._levels import at_index, level_index, magnitude_of
 
 
 class Fit(NamedTuple):
@@ -185,7 +185,7 @@ def _refitted_beyond_a_cut(
     unit = jnp.where(mean < jnp.finfo(w.dtype).max / (4 * upper * size), 1, 2.0**-32)
     unit = jnp.where(mean < 2.0**-60, 2.0**40, unit)
     cut = at * ((lower + upper) / 2) * unit
-    over = jnp.maximum(jnp.abs(w) * unit - cut, 0)
+    over = jnp.maximum(magnitude_of(w) * unit - cut, 0)
     count = group.sum(jnp.sign(over))
     beyond = group.sum(over) + cut * count
     gain = lower * size * (mean * unit) + (upper - lower) * beyond
@@ -198,7 +198,7 @@ def _refitted_by_other_passes(
 ) -> Array:
     """The same for any levels, as is fast on CPU."""
     del mean
-    q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
+    q = at_index(level_index(magnitude_of(w), at, magnitudes), magnitudes)
     norm = group.mean(jnp.square(q)) / magnitudes[-1]
     gain = mean_magnitude(w * (q / magnitudes[-1]), group)
     return gain / jnp.where(norm > 0, norm, 1)
@@ -284,7 +284,7 @@ def _mean_by_other_passes(group: Group, w: Array) -> Array:
         lambda: total / size,
         lambda: jnp.minimum(
             2 * group.sum(jnp.abs(w) / (2 * size)),
-            group.max(jnp.abs(w)),
+            group.max(magnitude_of(w)),
         ),
     )
 

@@ -1,6 +1,7 @@
 """How scales are found: each rule against its definition, its cost, and what it leaves alone."""
 
 import copy
+import functools
 import pickle
 
 import jax
@@ -149,6 +150,24 @@ def test_training_ends_on_the_set_bit_for_bit(rule, params):
     held = 2.0**-15 if params == "float32" else 2.0**-3  # significant bits of a scale
     for i, scale in enumerate(np.ravel(state.scales["kernel"])):
         np.testing.assert_allclose(scale, defined(rule, y[:, i], qset.levels)[1], rtol=held)
+
+
+def test_an_update_needs_no_memory_for_what_it_computes_of_weights():
+    """Without a refit: no |w| is written to be read again."""
+    rules = {name: rule for name, rule in RULES.items() if not rule.refits}
+    sets = {name: {"kernel": SETS["uniform4"](rule=rule)} for name, rule in rules.items()}
+    sets["binary"] = {"kernel": brx.Binary()}
+    params = {name: {"kernel": jax.ShapeDtypeStruct((128, 256), jnp.float32)} for name in sets}
+    relax = brx.binary_relax(optax.sgd(0.1, momentum=0.9), sets, 1.0)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = relax.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = step.lower(params, jax.eval_shape(relax.init, params), params).compile()
+    weights = 4 * 128 * 256  # bytes of one leaf
+    assert compiled.memory_analysis().temp_size_in_bytes < weights / 10
 
 
 @pytest.mark.parametrize("names", covering.some([("twn",), tuple(RULES)], [("twn",)]))
