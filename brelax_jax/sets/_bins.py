@@ -49,6 +49,10 @@ class Counted(NamedTuple):
         """See `Group.sum`."""
         return jnp.sum(self.counts * x)
 
+    def sum_of(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """See `Group.sum_of`."""
+        return self.sum(function(x))
+
 
 class Bins(Problem):
     """The problem for the bins of weights, whose errors are lower bounds."""

@@ -5,7 +5,7 @@ reductions works for every granularity, and inside `jax.shard_map`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,6 +30,10 @@ class Group(NamedTuple):
         """The sum over each group."""
         total = jnp.sum(x, axis=self.axes, keepdims=True)
         return lax.psum(total, self.axis_names) if self.axis_names else total
+
+    def sum_of(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """The sum over each group of function(x), which is elementwise."""
+        return self.sum(function(x))
 
     def sums(self, one: Array, other: Array) -> tuple[Array, Array]:
         """The sums of two arrays of one dtype, in one reduction, as parts of complex numbers.

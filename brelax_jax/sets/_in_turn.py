@@ -17,7 +17,7 @@ from brelax_jax.sets._bins import has_bins, search_with_bins
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._problem import Source, in_units
-from brelax_jax.sets._rows import has_rows, in_rows
+from brelax_jax.sets._rows import RowsOneByOne, has_rows, in_rows
 from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._search import branch_and_bound, searched_scale
 from brelax_jax.sets._sweep import swept_scales
@@ -79,7 +79,8 @@ def _searched_alone(
     """Traced once for arrays of equal shapes."""
     weights = Weights(w, group, kept, tolerance, allowed)
     if has_rows(weights):
-        return swept_scales(magnitudes, [in_rows(weights)], 1, before)[0].reshape(group.numbers(w))
+        rows = in_rows(weights, RowsOneByOne)
+        return swept_scales(magnitudes, [rows], 1, before)[0].reshape(group.numbers(w))
     search = search_with_bins if has_bins(weights) else branch_and_bound
     return searched_scale(magnitudes, Source.of(weights, before), search)
 

@@ -25,9 +25,13 @@ class Rows(Group):
     """Groups of few entries, which lie along the first axes."""
 
     def _reduced(self, combine: Callable[[Array, Array], Array], x: Array) -> Array:
+        return functools.reduce(combine, self._each(x))
+
+    def _each(self, x: Array) -> list[Array]:
+        rows = [x]
         for axis in self.axes:
-            x = functools.reduce(combine, jnp.split(x, x.shape[axis], axis))
-        return x
+            rows = [part for row in rows for part in jnp.split(row, x.shape[axis], axis)]
+        return rows
 
     def sum(self, x: Array) -> Array:
         """See `Group.sum`."""
@@ -43,6 +47,16 @@ class Rows(Group):
         return largest if initial is None else jnp.maximum(largest, initial)
 
 
+class RowsOneByOne(Rows):
+    """The same for CPUs, where what is computed of all rows would be written to memory before it
+    is added.
+    """
+
+    def sum_of(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """See `Group.sum_of`."""
+        return functools.reduce(jnp.add, map(function, self._each(x)))
+
+
 def has_rows(weights: Weights, most: int = MOST_ROWS) -> bool:
     """Whether each group has at most so many entries, and is not known to be on several devices."""
     w, group = weights.w, weights.group
@@ -55,7 +69,7 @@ def has_rows(weights: Weights, most: int = MOST_ROWS) -> bool:
     )
 
 
-def in_rows(weights: Weights) -> Weights:
+def in_rows(weights: Weights, rows: type[Rows] = Rows) -> Weights:
     """The weights with the axes of a group first, and one axis of all groups behind them."""
     axes = weights.group.axes
     first = tuple(range(len(axes)))
@@ -66,7 +80,7 @@ def in_rows(weights: Weights) -> Weights:
         return x.reshape(*x.shape[: len(first)], -1) if are_local() else x
 
     w, kept = jax.tree.map(moved, (weights.w, weights.kept))
-    return weights._replace(w=w, kept=kept, group=Rows(first))
+    return weights._replace(w=w, kept=kept, group=rows(first))
 
 
 class Joined(NamedTuple):

@@ -101,7 +101,7 @@ def errors(a: Array, scales: Array, magnitudes: Sequence[float], group: Group) -
 
 def error(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
     """Σ min_l (a − s·m_l)² of each group."""
-    return group.sum(jnp.square(_residual(a, scale, magnitudes)))
+    return group.sum_of(lambda a: jnp.square(_residual(a, scale, magnitudes)), a)
 
 
 def gains(a: Array, scale: Array, magnitudes: Sequence[float]) -> tuple[Array, Array]:
