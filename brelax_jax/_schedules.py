@@ -93,10 +93,10 @@ def cosine_continuation(steps: int) -> Callable[[ArrayLike], Array]:
     ends, from 0 to 1 in `steps` steps.
 
     Args:
-      steps: at least 1.
+      steps: until the strength is 1; at least 1.
 
     Returns:
-      A function of the step count; from `steps` on it is ∞.
+      A function of the step count, ∞ from `steps` on.
 
     Raises:
       ValueError: if `steps` is below 1.
