@@ -20,7 +20,7 @@ from tests.helpers import forked, quick
 quick.install()
 gc.set_threshold(100_000, 20, 20)  # to import and to trace makes many objects that stay
 
-EVERY_PLATFORM = {"contract", "devices", "test_batched_search", "test_export"}
+EVERY_PLATFORM = {"contract", "devices", "test_batched_search", "test_export", "test_lanes"}
 KINDS = ("quickly, for every platform", "optimized", "quickly")  # in this order
 PACKAGE = Path(brelax_jax.__file__).parent
 cached = []  # the kind of programs in JAX's caches

@@ -1,8 +1,8 @@
 """What updates need on TPUs, read from their compiled programs: `python -m benchmarks.compiled`.
 
 Nothing runs and no TPU is needed, only libtpu, which the extra `tpu` brings. The table is of update
-plus `optax.apply_updates` on one v5e: on ResNet-18's convolution weights, and in blocks on a
-matrix. With `--meshes` it is of seven stacked kernels of a language model, 6.5 billion weights,
+plus `optax.apply_updates` on one v5e: on ResNet-18's convolution weights, and in blocks on
+matrices. With `--meshes` it is of seven stacked kernels of a language model, 6.5 billion weights,
 sharded over both axes of a mesh. Bytes are those of one device's main memory; the collectives are
 those in the program's text, so one in the search's loop counts once. The rounds of that loop are
 measured on the CPU, with normal weights. CPU seconds of compiling are those of all cores.
@@ -39,7 +39,8 @@ SETS: dict[str, brx.QuantizedSet | None] = {
     "Uniform(4)": brx.Uniform(4),
     "Uniform(4), 0.3·mean |w|": brx.Uniform(4, rule=brx.MeanMagnitude(0.3, refit=False)),
 }
-MATRIX = (4096, 4096)  # too large for a core's own memory, as kernels of ResNet-18 are not
+# The core's own memory holds most of what is computed with the first, and none of the second.
+MATRICES = (4096, 4096), (8192, 16384)
 BLOCKS = brx.PerBlock(32)
 MATRIX_SETS: dict[str, brx.QuantizedSet | None] = {
     "Binary, blocks of 32": brx.Binary(granularity=BLOCKS),
@@ -138,7 +139,7 @@ def one_device() -> None:
     sharding = SingleDeviceSharding(device)
     for title, shapes, sets in (
         ("ResNet-18", resnet18(), SETS),
-        (f"a matrix, {MATRIX}", [MATRIX], MATRIX_SETS),
+        *((f"a matrix, {matrix}", [matrix], MATRIX_SETS) for matrix in MATRICES),
     ):
         print(f"{title}: {sum(map(math.prod, shapes)) / 1e6:.1f} M weights")
         for name, qset in sets.items():

@@ -145,35 +145,34 @@ class QuantizedSet:
 
     def codes(self, w: Array, fit: Fit) -> Array:
         """Signed indices into the magnitudes, for w placed by `fit`; floats of w's shape."""
-        view, _, code_scale = self.views(w, fit)
-        index = level_index(magnitude_of(view), code_scale, self.magnitudes)
+        w, _, code_scale = self.beside(w, fit)
+        index = level_index(magnitude_of(w), code_scale, self.magnitudes)
         index += len(self.table) - len(self.magnitudes)
-        return jnp.where((view < 0) & (index > 0), -index, index).reshape(w.shape)
+        return jnp.where((w < 0) & (index > 0), -index, index)
 
     def place(self, w: Array, fit: Fit) -> Array:
         """The points of Q for w placed by `fit`, of w's shape and the scale's dtype."""
-        view, scale, _ = self.views(self.at_unit_scale(w, fit), fit)
-        return (view * scale).reshape(w.shape)
+        at_unit_scale, scale, _ = self.beside(self.at_unit_scale(w, fit), fit)
+        return at_unit_scale * scale
 
     def half_gaps(self, w: Array, fit: Fit) -> Array:
         """Half the distance between the two points of Q that each entry of w is between, of w's
         shape and the scale's dtype; 0 beyond the last.
         """
-        view, scale, _ = self.views(w, fit)
+        w, scale, _ = self.beside(w, fit)
         bounds = self.magnitudes if self.magnitudes[0] else self.magnitudes[1:]
         first = 1.0 if self.magnitudes[0] == 0 else 2.0  # with no level 0: from −m to m
         gaps = [first * bounds[0], *(high - low for low, high in itertools.pairwise(bounds)), 0.0]
         # Not abs, which XLA would compute once for this and the scale, and keep for every leaf.
-        a, half = jnp.maximum(view, -view), jnp.full_like(view, gaps[0] / 2)
+        a, half = jnp.maximum(w, -w), jnp.full_like(w, gaps[0] / 2)
         for bound, (last, gap) in zip(bounds, itertools.pairwise(gaps), strict=True):
             if gap != last:
                 half = jnp.where(a > bound * scale, gap / 2, half)
-        return (half * scale).reshape(w.shape)
+        return half * scale
 
     def scales(self, w: Array, fit: Fit) -> Array:
         """The scale of each entry of w, of w's shape."""
-        view, scale, _ = self.views(w, fit)
-        return jnp.broadcast_to(scale, view.shape).reshape(w.shape)
+        return jnp.broadcast_to(self.beside(w, fit)[1], w.shape)
 
     def at_unit_scale(self, w: Array, fit: Fit) -> Array:
         codes = self.codes(w, fit)
@@ -185,17 +184,14 @@ class QuantizedSet:
         """What codes index: the magnitudes from 0 on, so that codes of other levels have a sign."""
         return self.magnitudes if self.magnitudes[0] == 0 else (0.0, *self.magnitudes)
 
-    def views(self, w: Array, fit: Fit) -> tuple[Array, Array, Array]:
-        """w in the scale's dtype, the scale and the scale at which codes are the nearest ones, in
-        the view in which they broadcast.
+    def beside(self, w: Array, fit: Fit) -> tuple[Array, Array, Array]:
+        """w in the scale's dtype, and as they broadcast against it the scale and the scale at which
+        codes are the nearest ones.
         """
         groups: Groups = self.granularity.groups(w.shape)
-        code_scale = fit.scale if fit.code_scale is None else fit.code_scale
-        return (
-            w.astype(fit.scale.dtype).reshape(groups.view),
-            fit.scale.reshape(groups.scale_view),
-            code_scale.reshape(groups.scale_view),
-        )
+        scale = groups.spread(fit.scale, w.shape)
+        code_scale = scale if fit.code_scale is None else groups.spread(fit.code_scale, w.shape)
+        return w.astype(fit.scale.dtype), scale, code_scale
 
     def _checked(self, w: ArrayLike) -> Array:
         w = jnp.asarray(w)

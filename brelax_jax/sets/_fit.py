@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from brelax_jax.sets._group import Group
+from brelax_jax.sets._lanes import UPRIGHT, laid_back, lies_across, upright
 from brelax_jax.sets._levels import at_index, level_index, shift_of
+from brelax_jax.sets._platform import by_platform
 from brelax_jax.sets._rules import Fit, LeastSquares
 from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._searches import searched_scales
@@ -18,7 +21,7 @@ from brelax_jax.sets._weights import Weights
 if TYPE_CHECKING:
     from brelax_jax.sets._base import QuantizedSet
 
-FORCED: bool | None = None  # for tests: see `searched_scales`
+FORCED: str | None = None  # for tests: see `searched_scales`
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -61,7 +64,7 @@ def fit_all(
 def _fit_all(
     qsets: tuple["QuantizedSet", ...],
     allowed: tuple[Scales | None, ...],
-    forced: bool | None,
+    forced: str | None,
     arrays: list[Array],
     last: list[Fit | None],
 ) -> list[Fit]:
@@ -77,7 +80,7 @@ def _fit_all(
             weights = Weights(view, groups.group, kept, rule.tolerance, allowed[i])
             searched.setdefault(qset.magnitudes, {})[i] = weights
         else:
-            fits[i] = rule.fit_groups(view, qset.magnitudes, groups.group)
+            fits[i] = _fit_by_rule(qset, view, groups.group, forced)
     for magnitudes, weights in searched.items():
         found = searched_scales(magnitudes, list(weights.values()), forced)
         fits |= zip(weights, map(Fit, found), strict=True)
@@ -85,6 +88,19 @@ def _fit_all(
         _shaped(qset, w, fits[i], allowed[i])
         for i, (qset, w) in enumerate(zip(qsets, arrays, strict=True))
     ]
+
+
+def _fit_by_rule(qset: "QuantizedSet", view: Array, group: Group, forced: str | None) -> Fit:
+    def fitted(view: Array) -> Fit:
+        return qset.rule.fit_groups(view, qset.magnitudes, group)
+
+    def on_tpu(view: Array) -> Fit:
+        fit = qset.rule.fit_groups(upright(view), qset.magnitudes, UPRIGHT)
+        return jax.tree.map(lambda x: laid_back(x, group.numbers(view)), fit)
+
+    if not lies_across(view, group):
+        return fitted(view)
+    return by_platform(forced, view, tpu=on_tpu, default=fitted)
 
 
 def _shaped(qset: "QuantizedSet", w: Array, fit: Fit, allowed: Scales | None) -> Fit:
@@ -111,7 +127,8 @@ def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
         return fit
     groups = qset.granularity.groups(w.shape)
     q = qset.at_unit_scale(w, fit).reshape(groups.view)
-    view, scale, _ = qset.views(w, fit)
+    view = w.astype(fit.scale.dtype).reshape(groups.view)
+    scale = fit.scale.reshape(groups.scale_view)
     unit = jnp.where(scale > 0, scale, 1)
     shift = shift_of(unit)
     norm = groups.group.sum(jnp.square(q))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax.sets._group import Group, bound_names
+from brelax_jax.sets._lanes import repeated
 
 
 class Groups(NamedTuple):
@@ -49,6 +50,14 @@ class Groups(NamedTuple):
     def scale_view(self) -> tuple[int, ...]:
         """The shape in which a scale broadcasts against the view."""
         return tuple(1 if axis in self.axes else size for axis, size in enumerate(self.view))
+
+    def spread(self, numbers: Array, shape: Sequence[int]) -> Array:
+        """Numbers that are one a group, as they broadcast against the array of this shape."""
+        if len(self.view) == len(shape):
+            return numbers.reshape(self.scale_view)
+        if self.axes == (len(shape),):
+            return repeated(numbers.reshape(self.scale), self.size)
+        return jnp.broadcast_to(numbers.reshape(self.scale_view), self.view).reshape(shape)
 
     @property
     def size(self) -> int:

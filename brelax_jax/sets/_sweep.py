@@ -91,9 +91,16 @@ def sweeps(problems: Sequence[Problem], scales: int) -> tuple[Sweep, ...]:
 
 def _start(scales: int, problem: Problem) -> Sweep:
     first = first_scales(problem.low, problem.high, problem.unit)
-    nodes = first, lax.map(lambda scale: problem.errors([scale])[0], first)
-    best = _best_of(nodes, problem.goal)
-    below = nodes[0][0], nodes[1][0]
+
+    def evaluated(nodes: tuple[Pair, Pair], scale: Array) -> tuple[tuple[Pair, Pair], None]:
+        below, best = nodes
+        node = scale, problem.errors([scale])[0]
+        below = _where(scale <= below[0], node, below)
+        return (below, _where(node[1] < best[1], node, best)), None
+
+    unknown = first[0], jnp.full_like(first[0], jnp.inf)
+    (below, best), _ = lax.scan(evaluated, (unknown, unknown), first)
+    best = _best_of(best, problem.goal)
     ahead = _ahead(scales, below, _onward(problem, below, best))
     return Sweep(below, ahead, best, first[-1], jnp.zeros((), jnp.int32))
 
@@ -105,12 +112,10 @@ def _ahead(scales: int, below: Pair, first: Array) -> list[Array]:
 
 
 @jax.jit
-def _best_of(nodes: Pair, goal: Goal) -> Pair:
-    """The best of some scales, or the scale to keep."""
-    least = jnp.argmin(nodes[1], axis=0)[None]
-    scale, error = (jnp.take_along_axis(x, least, axis=0)[0] for x in nodes)
-    far = (goal.kept[0] > 0) & (error >= goal.search_below(goal.kept))
-    return jnp.where(far, goal.kept[0], scale), jnp.where(far, goal.kept[1], error)
+def _best_of(least: Pair, goal: Goal) -> Pair:
+    """The best scale so far, or the scale to keep."""
+    kept = goal.kept[0], goal.kept[1]
+    return _where((kept[0] > 0) & (least[1] >= goal.search_below(kept)), kept, least)
 
 
 def _step(problem: Problem, sweep: Sweep) -> Sweep:

@@ -60,9 +60,9 @@ def grid_of(scale: Array, qset: QuantizedSet, dtype: DTypeLike) -> Grid:
     return Grid(spacing, 1 / spacing, unit * 2.0**shape.reach)
 
 
-def grid_in_view(fit: Fit, qset: QuantizedSet, shape: tuple[int, ...], dtype: DTypeLike) -> Grid:
-    """The grid of a fit, as it broadcasts against the view of an array of this shape."""
-    return grid_of(fit.scale.reshape(qset.granularity.groups(shape).scale_view), qset, dtype)
+def grid_beside(fit: Fit, qset: QuantizedSet, shape: tuple[int, ...], dtype: DTypeLike) -> Grid:
+    """The grid of a fit, as it broadcasts against an array of this shape."""
+    return grid_of(qset.granularity.groups(shape).spread(fit.scale, shape), qset, dtype)
 
 
 class _Shape(NamedTuple):
@@ -158,12 +158,9 @@ def limit_scale_jump(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) 
 
 
 def place_on_grid(y: Array, fit: Fit, qset: QuantizedSet, grid: Grid) -> Array:
-    """The quantized weights for float weights y, a rounded fit and the grid in y's view."""
+    """The quantized weights for float weights y, a rounded fit and the grid beside y."""
     w = qset.place(y, fit)
-    if has_exact_levels(qset):
-        return w
-    view = qset.granularity.groups(y.shape).view
-    return grid.round(w.reshape(view)).reshape(y.shape)
+    return w if has_exact_levels(qset) else grid.round(w)
 
 
 def landing_point(w: Array, p: Array, grid: Grid, is_on_grid: Array) -> Array:

@@ -20,7 +20,7 @@ from brelax_jax.sets._fit import fit_all, largest_scale
 from brelax_jax.sets._joined import compute_all
 from brelax_jax.sets._quantized import without_negative_zero
 from brelax_jax.transforms._grid import (
-    grid_in_view,
+    grid_beside,
     grid_of,
     has_exact_levels,
     landing_point,
@@ -141,13 +141,11 @@ def update_leaf(
     """
     limited = limit_scale_jump(fit, last, qset, p.dtype)
     fit = jax.tree.map(lambda new, free: jnp.where(step.exact, new, free), limited, fit)
-    grid = grid_in_view(fit, qset, y.shape, p.dtype)
+    grid = grid_beside(fit, qset, y.shape, p.dtype)
     target = Target(y, place_on_grid(y, fit, qset, grid), qset, fit)
     w = proximal_map.pull(target, step.alpha.astype(y.dtype))
-    view = qset.granularity.groups(y.shape).view
-    goal, now = w.reshape(view), p.reshape(view)
-    goal = jnp.where(step.exact, landing_point(goal, now, grid, step.is_on_grid), goal)
-    update = (goal - now.astype(goal.dtype)).astype(p.dtype).reshape(p.shape)
+    goal = jnp.where(step.exact, landing_point(w, p, grid, step.is_on_grid), w)
+    update = (goal - p.astype(goal.dtype)).astype(p.dtype)
     if proximal_map.updates_float_params:
         y, fit = w, _recut(fit, step.alpha)
     return UpdatedLeaf(update, y, fit)
@@ -156,7 +154,7 @@ def update_leaf(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def quantized_leaf(qset: QuantizedSet, dtype: DTypeLike, y: Array, fit: Fit) -> Array:
     """The float weights y on their set, in the params' dtype, as phase II leaves the params."""
-    grid = grid_in_view(fit, qset, y.shape, dtype)
+    grid = grid_beside(fit, qset, y.shape, dtype)
     return without_negative_zero(place_on_grid(y, fit, qset, grid).astype(dtype))
 
 

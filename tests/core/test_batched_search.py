@@ -132,23 +132,25 @@ SMALL_GROUPS = [
 
 
 # In turn: test_small_groups.
-@pytest.mark.parametrize("kind", covering.some(searching.KINDS, ["together"]))
+@pytest.mark.parametrize(
+    "kind", covering.some(searching.KINDS_OF_SMALL_GROUPS, ["together", "where they lie"])
+)
 def test_small_groups_of_several_arrays(kind, monkeypatch):
-    """On accelerators those of one size are searched side by side, up to so many weights."""
+    """On GPUs those of one size are searched side by side, up to so many weights."""
     monkeypatch.setattr(_rows, "MOST_WEIGHTS", 2000)
     rng, sets = np.random.default_rng(0), [*SMALL_GROUPS, *SMALL_GROUPS]
     leaves = [rng.standard_t(3, (144, 2)).astype("f4") for _ in SMALL_GROUPS]
     leaves += [rng.standard_t(3, (144, 1, 3)).astype("f4") for _ in SMALL_GROUPS]
     fits = blank(sets, leaves)
     for _ in range(2):
-        with searching.forced(searching.KINDS[kind]):
+        with searching.forced(searching.KINDS_OF_SMALL_GROUPS[kind]):
             fits = fit_all(sets, leaves, fits)
         for qset, w, fit in zip(sets, leaves, fits, strict=True):
             assert_optimal(qset, w, fit.scale, max(qset.rule.tolerance / 0.95, 2e-6))
         leaves = [w * (1 + 0.05 * rng.standard_normal(w.shape)).astype("f4") for w in leaves]
     spoilt = [w.copy() for w in leaves]
     spoilt[2][3, 1] = np.nan
-    with searching.forced(searching.KINDS[kind]):
+    with searching.forced(searching.KINDS_OF_SMALL_GROUPS[kind]):
         clean, found = (fit_all(sets, each, fits) for each in (leaves, spoilt))
     for i, (one, other) in enumerate(zip(clean, found, strict=True)):
         is_spoilt = np.isnan(other.scale)
@@ -177,7 +179,7 @@ def test_arrays_whose_sizes_have_only_names():
     arrays = [jax.ShapeDtypeStruct((blocks, 16), "float32")] * 2
     qset = brx.Ternary(granularity=brx.PerBlock(8))
     scales = jax.jit(lambda *each: [fit.scale for fit in fit_all([qset] * 2, each)])
-    scales = jax.export.export(scales, platforms=["cpu", "cuda"])(*arrays).call
+    scales = jax.export.export(scales, platforms=["cpu", "cuda", "tpu"])(*arrays).call
     w = normal(0, 3, 16)
     np.testing.assert_array_equal(scales(w, w)[1], qset.quantize(w).scale)
 

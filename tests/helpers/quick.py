@@ -49,9 +49,9 @@ def jit(function, **kwargs):
     return lambda *args: jitted()(*args)
 
 
-def on_cpu(*args, cpu, default):
+def on_cpu(*args, default, cpu=None, **others):
     """In the place of `lax.platform_dependent`."""
-    return cpu(*args)
+    return (cpu or default)(*args)
 
 
 def install():

@@ -1,11 +1,12 @@
-"""Searches at their end, and both kinds of them on the CPU."""
+"""Searches at their end, and every kind of them on the CPU."""
 
 import contextlib
 
 from brelax_jax.sets import _fit, _problem, _search, _together
 from brelax_jax.sets._weights import Weights
 
-KINDS = {"in turn": False, "together": True}
+KINDS = {"in turn": "cpu", "together": "gpu"}
+KINDS_OF_SMALL_GROUPS = {**KINDS, "where they lie": "tpu"}
 
 
 def in_turn(a, magnitudes, group) -> _search.Search:
