@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
-from brelax_jax.sets import Fit, Group
+from brelax_jax.sets import Fit, Group, _in_turn
 from brelax_jax.sets._rows import has_rows
 from brelax_jax.sets._small_groups import is_small, sorting_network
 from brelax_jax.sets._weights import Weights
@@ -52,6 +52,25 @@ def test_scales_are_the_best_for_every_kind_of_weights(size):
     assert is_small((0.0, 1.0), Weights(array(w), Group((1,))))
     kinds = [kind for kind in KINDS for _ in range(20)]
     assert_optimal(brx.Ternary(granularity=brx.PerBlock(size, 1)), kinds, w, quantize(size, w))
+
+
+def test_groups_in_parts_get_the_scales_that_they_get_together(monkeypatch):
+    """On CPU. Here the last part overlaps the one before."""
+    qset = brx.Uniform(3, granularity=brx.PerBlock(8, 0), rule=brx.LeastSquares(0.02))
+    first, second = normal(0, 16, 37), normal(1, 16, 37)
+    spoilt = second.at[3, 36].set(np.nan)
+
+    def fits(w, last):
+        return jax.jit(lambda w, last: qset.fit(w, last))(w, last)
+
+    start = fits(first, Fit(np.zeros((2, 37), np.float32)))
+    wanted = fits(second, start).scale
+    jax.clear_caches()
+    monkeypatch.setattr(_in_turn, "GROUPS_OF_A_PART", 13)
+    found = fits(spoilt, start).scale
+    jax.clear_caches()
+    assert np.isnan(found[0, 36])
+    np.testing.assert_array_equal(found.at[0, 36].set(0), wanted.at[0, 36].set(0))
 
 
 SWEPT = {
