@@ -80,7 +80,7 @@ def _fit_all(
             weights = Weights(view, groups.group, kept, rule.tolerance, allowed[i])
             searched.setdefault(qset.magnitudes, {})[i] = weights
         else:
-            fits[i] = _fit_by_rule(qset, view, groups.group, forced)
+            fits[i] = _fit_by_rule(qset, w.ndim, view, groups.group, forced)
     for magnitudes, weights in searched.items():
         found = searched_scales(magnitudes, list(weights.values()), forced)
         fits |= zip(weights, map(Fit, found), strict=True)
@@ -90,7 +90,9 @@ def _fit_all(
     ]
 
 
-def _fit_by_rule(qset: "QuantizedSet", view: Array, group: Group, forced: str | None) -> Fit:
+def _fit_by_rule(
+    qset: "QuantizedSet", rank: int, view: Array, group: Group, forced: str | None
+) -> Fit:
     def fitted(view: Array) -> Fit:
         return qset.rule.fit_groups(view, qset.magnitudes, group)
 
@@ -98,7 +100,8 @@ def _fit_by_rule(qset: "QuantizedSet", view: Array, group: Group, forced: str | 
         fit = qset.rule.fit_groups(upright(view), qset.magnitudes, UPRIGHT)
         return jax.tree.map(lambda x: laid_back(x, group.numbers(view)), fit)
 
-    if not lies_across(view, group):
+    is_in_blocks = view.ndim > rank
+    if not (is_in_blocks and lies_across(view, group)):
         return fitted(view)
     return by_platform(forced, view, tpu=on_tpu, default=fitted)
 

@@ -22,9 +22,11 @@ UPRIGHT = Group((1,))
 
 
 def lies_across(view: Array, group: Group) -> bool:
-    """Whether groups lie along the last axis of a view, all of which is on one device."""
+    """Whether groups lie along the last axis of a view with others before the last two, all of
+    which is on one device.
+    """
     return (
-        view.ndim > 1
+        view.ndim > 2
         and group == Group((view.ndim - 1,))
         and are_local()
         and all(isinstance(size, int) for size in view.shape)

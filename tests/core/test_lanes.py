@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import brelax_jax as brx
+from brelax_jax.sets import _fit
 from brelax_jax.sets._fit import fit_all
 from brelax_jax.sets._lanes import laid_back, repeated, repeated_in_tiles, upright
 from tests.core.test_batched_search import assert_optimal
@@ -58,6 +59,21 @@ def test_scales_by_a_rule_are_those_of_other_platforms():
         with searching.forced(platform):
             found.append(fit_all(sets, leaves))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), *found)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape"),
+    [(brx.PerChannel(0), (8, 128)), (brx.PerChannel((0, 1)), (3, 8, 64)), (brx.PerBlock(4), (8,))],
+)
+def test_only_blocks_of_matrices_are_put_upright(granularity, shape, monkeypatch):
+    """Else nothing is in other tiles, or the copy would have a last axis of one entry."""
+    monkeypatch.setattr(_fit, "upright", None)
+    w = normal(5, *shape)
+    with searching.forced("tpu"):
+        [fit] = fit_all([brx.Binary(granularity=granularity)], [w])
+    groups = granularity.groups(shape)
+    mean = np.abs(w).reshape(groups.view).mean(groups.axes).reshape(groups.scale)
+    np.testing.assert_allclose(fit.scale, mean, rtol=1e-6)
 
 
 def test_scales_that_are_searched_for_are_the_best():
