@@ -31,7 +31,8 @@ def swept_in_parts(magnitudes: Sequence[float], rows: Weights, before: Array) ->
     few = each // min(parts, PARTS_OF_ONE)
     late = -(-parts * few // each)
 
-    def after(turn: Array, found: Array) -> Array:
+    def after(turn: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+        scales, found = so_far
         is_late = turn >= parts
         first = jnp.minimum(turn * each, groups - each)  # the last part would end late
         places = lax.cond(
@@ -58,11 +59,12 @@ def swept_in_parts(magnitudes: Sequence[float], rows: Weights, before: Array) ->
             partial(step, problem),
             begin,
         )
-        now = _known(end, problem.scales(end.best[0]))
-        return found.at[:, places].set(now, mode="drop")
+        own_scales = problem.scales(end.best[0]).reshape(-1)
+        scales = scales.at[places].set(own_scales, mode="drop")
+        return scales, found.at[:, places].set(_known(end), mode="drop")
 
-    x = rows.w[(0,) * (rows.w.ndim - 1)]
-    return lax.fori_loop(0, parts + late, after, jnp.stack([jnp.zeros_like(x)] * 7))[1]
+    zeros = jnp.zeros_like(rows.w[(0,) * (rows.w.ndim - 1)])
+    return lax.fori_loop(0, parts + late, after, (zeros, jnp.stack([zeros] * 6)))[0]
 
 
 def _as_varying(x: Array, like: Array) -> Array:
@@ -71,16 +73,16 @@ def _as_varying(x: Array, like: Array) -> Array:
     return lax.pcast(x, axes, to="varying") if axes else x
 
 
-def _known(search: Sweep, scales: Array) -> Array:
-    """What is known of each group, along a first axis: whether it is open, its scale, and what a
-    search needs to go on.
+def _known(search: Sweep) -> Array:
+    """What is known of each group, along a first axis: whether it is open, and what a search needs
+    to go on.
     """
     [ahead] = search.ahead
-    known = search.is_open, scales, ahead, *search.below, *search.best
-    return jnp.stack([x.reshape(-1).astype(scales.dtype) for x in known])
+    known = search.is_open.astype(ahead.dtype), ahead, *search.below, *search.best
+    return jnp.stack([x.reshape(-1) for x in known])
 
 
 def _going_on(begin: Sweep, known: Array) -> Sweep:
     """A search that has begun before."""
-    _, _, ahead, *rest = known.reshape(-1, *begin.end.shape)
+    _, ahead, *rest = known.reshape(-1, *begin.end.shape)
     return begin._replace(ahead=[ahead], below=tuple(rest[:2]), best=tuple(rest[2:]))
