@@ -15,15 +15,16 @@ from jax import Array, lax
 
 from brelax_jax.sets._bins import has_bins, search_with_bins
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._in_parts import swept_in_parts
 from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._problem import Source, in_units
 from brelax_jax.sets._rows import RowsOneByOne, has_rows, in_rows
 from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._search import branch_and_bound, searched_scale
+from brelax_jax.sets._sweep import swept_scales
 from brelax_jax.sets._weights import Unit, Weights
 
 MOST_ARRAYS = 32  # of one loop: each choice has as many branches, and each branch gets all arrays
+GROUPS_OF_A_PART = 2**14  # small ones, which are searched together
 MOST_WEIGHTS = 2**23  # of one loop of several arrays: all are kept in units
 
 
@@ -79,11 +80,33 @@ def _searched_alone(
     """Traced once for arrays of equal shapes."""
     weights = Weights(w, group, kept, tolerance, allowed)
     if has_rows(weights):
-        return swept_in_parts(magnitudes, in_rows(weights, RowsOneByOne), before).reshape(
+        return _swept_in_parts(magnitudes, in_rows(weights, RowsOneByOne), before).reshape(
             group.numbers(w)
         )
     search = search_with_bins if has_bins(weights) else branch_and_bound
     return searched_scale(magnitudes, Source.of(weights, before), search)
+
+
+def _swept_in_parts(magnitudes: Sequence[float], rows: Weights, before: Array) -> Array:
+    """The scales of small groups, a part of them after the other: it stays in a core's cache, and
+    its search ends with its own last group.
+    """
+    groups = rows.w.shape[-1]
+    parts = -(-groups // GROUPS_OF_A_PART) if are_local() and isinstance(groups, int) else 1
+    if parts == 1:
+        return swept_scales(magnitudes, [rows], 1, before)[0]
+    each = -(-groups // parts)
+
+    def searched(i: Array) -> Array:
+        def of_this_part(x: Array) -> Array:  # the last one starts earlier, where it would end late
+            return lax.dynamic_slice_in_dim(x, i * each, each, axis=-1)
+
+        w, kept = lax.optimization_barrier(jax.tree.map(of_this_part, (rows.w, rows.kept)))
+        own = rows._replace(w=w, kept=kept)
+        return swept_scales(magnitudes, [own], 1, before)[0].reshape(-1)
+
+    found = lax.map(searched, jnp.arange(parts))
+    return jnp.concatenate([found[:-1].reshape(-1), found[-1][parts * each - groups :]])
 
 
 def _by_one_program(

@@ -53,11 +53,6 @@ class Sweep(NamedTuple):
     end: Array
     rounds: Array
 
-    @property
-    def is_open(self) -> Array:
-        """In which groups there may be a better one."""
-        return self.below[0] < self.end
-
 
 def swept_scales(
     magnitudes: Sequence[float],
@@ -85,16 +80,16 @@ def sweeps(problems: Sequence[Problem], scales: int) -> tuple[Sweep, ...]:
     """The searches at their end."""
 
     def is_uncertain(searches: tuple[Sweep, ...]) -> Array:
-        any_open = [jnp.any(each.is_open) for each in searches]
+        any_open = [jnp.any(each.below[0] < each.end) for each in searches]
         return (searches[0].rounds < ROUNDS) & functools.reduce(jnp.logical_or, any_open)
 
-    def all_steps(searches: tuple[Sweep, ...]) -> tuple[Sweep, ...]:
-        return tuple(map(step, problems, searches))
+    def step(searches: tuple[Sweep, ...]) -> tuple[Sweep, ...]:
+        return tuple(map(_step, problems, searches))
 
-    return lax.while_loop(is_uncertain, all_steps, tuple(map(partial(start, scales), problems)))
+    return lax.while_loop(is_uncertain, step, tuple(map(partial(_start, scales), problems)))
 
 
-def start(scales: int, problem: Problem) -> Sweep:
+def _start(scales: int, problem: Problem) -> Sweep:
     first = first_scales(problem.low, problem.high, problem.unit)
 
     def evaluated(nodes: tuple[Pair, Pair], scale: Array) -> tuple[tuple[Pair, Pair], None]:
@@ -123,7 +118,7 @@ def _best_of(least: Pair, goal: Goal) -> Pair:
     return _where((kept[0] > 0) & (least[1] >= goal.search_below(kept)), kept, least)
 
 
-def step(problem: Problem, sweep: Sweep) -> Sweep:
+def _step(problem: Problem, sweep: Sweep) -> Sweep:
     """After evaluating the next scales of each group."""
     below, best, end, goal, unit = sweep.below, sweep.best, sweep.end, problem.goal, problem.unit
     scales = [below[0]]

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import brelax_jax as brx
-from brelax_jax.sets import Fit, Group, _in_parts
+from brelax_jax.sets import Fit, Group, _in_turn
 from brelax_jax.sets._rows import has_rows
 from brelax_jax.sets._small_groups import is_small, sorting_network
 from brelax_jax.sets._weights import Weights
@@ -58,9 +58,7 @@ def test_scales_are_the_best_for_every_kind_of_weights(size):
 
 @pytest.mark.parametrize(("columns", "part"), [(37, 13), (500, 40)])
 def test_groups_in_parts_get_the_scales_that_they_get_together(monkeypatch, columns, part):
-    """On CPU. In the first case the last part overlaps the one before. In the second one the open
-    groups of all parts need two more.
-    """
+    """On CPU, also inside `jax.shard_map`. In the first case the last part overlaps another one."""
     qset = brx.Uniform(3, granularity=brx.PerBlock(8, 0), rule=brx.LeastSquares(0.02))
     first, second = normal(0, 16, columns), normal(1, 16, columns)
     spoilt = second.at[3, -1].set(np.nan)
@@ -71,7 +69,7 @@ def test_groups_in_parts_get_the_scales_that_they_get_together(monkeypatch, colu
     start = fits(first, Fit(np.zeros((2, columns), np.float32)))
     wanted = fits(second, start).scale
     jax.clear_caches()
-    monkeypatch.setattr(_in_parts, "GROUPS_OF_A_PART", part)
+    monkeypatch.setattr(_in_turn, "GROUPS_OF_A_PART", part)
     found = fits(spoilt, start).scale
     mesh, spec = jax.make_mesh((1,), ("x",), (AxisType.Auto,)), P(None, "x")
     mapped = jax.shard_map(fits, mesh=mesh, in_specs=spec, out_specs=spec)
