@@ -18,7 +18,6 @@ weights, between the least and the largest scale that is still in doubt.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._problem import FLOOR, TOLERANCE, Known, Problem
 from brelax_jax.sets._search import Search, branch_and_bound
-from brelax_jax.sets._weights import Weights
+from brelax_jax.sets._weights import Weights, bound
 
 # Of up to so many magnitudes. With these the doubt is seldom above the tolerance.
 BINS = {2: 2**14 + 1, 4: 2**16 + 1}
@@ -82,17 +81,30 @@ def has_bins(weights: Weights) -> bool:
     return is_plain and is_large and weights.groups == 1 and are_local()
 
 
-def search_with_bins(problem: Problem, is_large: Array | None = None) -> Found:
+class Large(NamedTuple):
+    """Of a loop of several arrays, those for bins.
+
+    Attributes:
+      is_one: whether this turn's array is one of them.
+      over: as that of `Source`, for one of them.
+    """
+
+    is_one: Array
+    over: Callable[..., Any]
+
+
+def search_with_bins(problem: Problem, large: Large | None = None) -> Found:
     """As `branch_and_bound`, but over bins first; of small arrays over the weights at once.
 
     Args:
       problem: of one group.
-      is_large: whether the array is one for bins; None if it is.
+      large: which arrays are for bins; None if there is one, which is.
     """
 
     def over_bins() -> tuple[Array, Array, Array, Known]:
         low, high, best = problem.low, problem.high, problem.goal.kept
-        several = in_bins(problem)
+        source = problem.source._replace(over=large.over) if large else problem.source
+        several = in_bins(problem._replace(source=source))
         for bins in several:
             low, high, best = _left(branch_and_bound(bins._replace(low=low, high=high)))
         bins = several[-1]
@@ -104,7 +116,7 @@ def search_with_bins(problem: Problem, is_large: Array | None = None) -> Found:
         low, high = problem.low, problem.high
         return jnp.any(low < 0), low, high, jnp.stack([low, low])  # it never is: not settled
 
-    found = over_bins() if is_large is None else lax.cond(is_large, over_bins, over_none)
+    found = lax.cond(large.is_one, over_bins, over_none) if large else over_bins()
     is_settled, low, high, best = found
 
     def over_weights() -> Known:
@@ -133,7 +145,7 @@ def in_bins(problem: Problem) -> list[Bins]:
     has_more = ((last - first)[..., None] >> drops) > count - 4
     drop = jnp.sum(has_more, axis=-1, dtype=first.dtype)  # bits, so that there are bins enough
     base = (first >> drop) - 1
-    table, least = source.over(partial(_binned, count), base, drop)
+    table, least = source.over(bound(_binned, count), base, drop)
     base, drop = base.reshape(()), drop.reshape(())
     places = base + jnp.arange(count, dtype=base.dtype)
     lower, upper = _from_bits(places << drop), _from_bits((places + 1) << drop)

@@ -7,13 +7,14 @@ is not such a pass is in the program once.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from brelax_jax.sets._bins import has_bins, search_with_bins
+from brelax_jax.sets._bins import Large, has_bins, search_with_bins
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import are_local
 from brelax_jax.sets._problem import Source, in_units
@@ -114,32 +115,55 @@ def _by_one_program(
 ) -> list[Array]:
     """A loop over the arrays: whatever is not a pass over weights is in the program once."""
     in_turn = [in_units(each, before) for each in arrays]
-    large = [has_bins(each) for each in arrays]
-    passes = [_flat_numbers(a, x.group) for x, (*_, a) in zip(arrays, in_turn, strict=True)]
+    passes = [partial(_one_pass, a, x.group) for x, (*_, a) in zip(arrays, in_turn, strict=True)]
+    is_large = np.array([has_bins(each) for each in arrays])
+    large_passes = [each for each, is_one in zip(passes, is_large, strict=True) if is_one]
 
-    def search(turn: tuple[Array, Array, Array | None]) -> Array:
-        i, peak, kept = turn
+    def search(turn: _Turn) -> Array:
+        unit = Unit.of(turn.peak, arrays[0].allowed)
+        over = partial(_switch, turn.place, passes)
+        source = Source(over, turn.peak, unit, turn.kept, arrays[0].tolerance)
+        if not large_passes:
+            return searched_scale(magnitudes, source)
+        large = Large(turn.is_large, partial(_switch, turn.place_of_large, large_passes))
+        return searched_scale(magnitudes, source, partial(search_with_bins, large=large))
 
-        def over(function: Callable[..., Any], *numbers: Array) -> Any:
-            return lax.switch(i, [partial(each, function) for each in passes], *numbers)
-
-        unit = Unit.of(peak, arrays[0].allowed)
-        source = Source(over, peak, unit, kept, arrays[0].tolerance)
-        search = partial(search_with_bins, is_large=jnp.asarray(large)[i])
-        return searched_scale(magnitudes, source, search if any(large) else branch_and_bound)
-
-    turns = jnp.arange(len(arrays))
     peaks = jnp.stack([peak.reshape(-1) for peak, *_ in in_turn])
     kept = [each.kept.reshape(-1) for each in arrays if each.kept is not None]
-    found = lax.map(search, (turns, peaks, jnp.stack(kept) if kept else None))
+    places = jnp.arange(len(arrays)), jnp.asarray(np.cumsum(is_large) - is_large)
+    turns = _Turn(*places, jnp.asarray(is_large), peaks, jnp.stack(kept) if kept else None)
+    found = lax.map(search, turns)
     return [x.reshape(peak.shape) for x, (peak, *_) in zip(found, in_turn, strict=True)]
 
 
-def _flat_numbers(a: Array, group: Group) -> Callable[..., Any]:
-    """A pass over `a` whose numbers are vectors."""
+class _Turn(NamedTuple):
+    """One array of a loop.
 
-    def over(function: Callable[..., Any], *numbers: Array) -> Any:
-        found = function(a, group, *(x.reshape(group.numbers(a)) for x in numbers))
-        return jax.tree.map(jnp.ravel, found)
+    Attributes:
+      place: of it among all.
+      place_of_large: of it among those that have bins, if it is one.
+      is_large: whether it is.
+      peak, kept: see `Source`.
+    """
 
-    return over
+    place: Array
+    place_of_large: Array
+    is_large: Array
+    peak: Array
+    kept: Array | None
+
+
+def _switch(
+    place: Array,
+    passes: Sequence[Callable[..., Any]],
+    function: Callable[..., Any],
+    *numbers: Array,
+) -> Any:
+    return lax.switch(place, [partial(each, function) for each in passes], *numbers)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _one_pass(a: Array, group: Group, function: Callable[..., Any], *numbers: Array) -> Any:
+    """A pass over `a` whose numbers are vectors. Traced once for arrays of equal shapes."""
+    found = function(a, group, *(x.reshape(group.numbers(a)) for x in numbers))
+    return jax.tree.map(jnp.ravel, found)

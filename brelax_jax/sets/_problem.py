@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._weights import Unit, Weights, error, gains, refitted
+from brelax_jax.sets._weights import Unit, Weights, bound, error, gains, refitted
 
 TOLERANCE = 1e-6  # of the squared error
 FLOOR = 1e-12  # of the sum of squares: errors below are rounding
@@ -132,25 +132,15 @@ class Problem(NamedTuple):
 
     def known(self, scale: Array) -> Known:
         """A scale with its error, from one pass over the weights."""
-        found = self.source.over(lambda a, group, s: error(a, s, self.magnitudes, group), scale)
-        return jnp.stack([scale, found])
+        return jnp.stack([scale, self.source.over(bound(error, self.magnitudes), scale)])
 
     def errors(self, scales: Sequence[Array]) -> list[Array]:
         """The errors at some scales, from one pass over the weights."""
-
-        def found(a: Array, group: Group, *scales: Array) -> list[Array]:
-            return [error(a, s, self.magnitudes, group) for s in scales]
-
-        return self.source.over(found, *scales)
+        return self.source.over(bound(_errors, self.magnitudes), *scales)
 
     def refitted(self, scale: Array) -> Array:
         """The least-squares scale for the codes that are nearest at `scale`."""
-
-        def sums(a: Array, group: Group, s: Array) -> tuple[Array, Array]:
-            gain, norm = gains(a, s, self.magnitudes)
-            return group.sum(gain), group.sum(norm)
-
-        return refitted(scale, *self.source.over(sums, scale))
+        return refitted(scale, *self.source.over(bound(_gain_and_norm, self.magnitudes), scale))
 
     def scales(self, best: Array) -> Array:
         """The scales of the weights, from the best ones in units."""
@@ -159,9 +149,24 @@ class Problem(NamedTuple):
         return self.unit.scales(best, self.source.peak)
 
 
+def _errors(magnitudes: Sequence[float], a: Array, group: Group, *scales: Array) -> list[Array]:
+    return [error(magnitudes, a, group, scale) for scale in scales]
+
+
+def _gain_and_norm(
+    magnitudes: Sequence[float], a: Array, group: Group, scale: Array
+) -> tuple[Array, Array]:
+    gain, norm = gains(a, scale, magnitudes)
+    return group.sum(gain), group.sum(norm)
+
+
+def _energy_and_mean(a: Array, group: Group) -> tuple[Array, Array]:
+    return group.sum(jnp.square(a)), group.mean(a)
+
+
 def problem_of(magnitudes: Sequence[float], source: Source) -> Problem:
     """The problem for weights."""
-    energy, mean = source.over(lambda a, group: (group.sum(jnp.square(a)), group.mean(a)))
+    energy, mean = source.over(_energy_and_mean)
     none = jnp.stack([jnp.full_like(energy, -1), jnp.full_like(energy, jnp.inf)])
     least = jnp.full_like(energy, TOLERANCE)
     low, high = bounds(magnitudes, mean, source.unit.divided(source.peak), source.unit)

@@ -14,8 +14,9 @@ is forgotten, which costs evaluations later.
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -23,7 +24,7 @@ from brelax_jax.sets._group import Group
 from brelax_jax.sets._joined import MOST_GROUPS, Layout, can_be_joined
 from brelax_jax.sets._problem import TOLERANCE, Goal, Known, bounds, interval, is_open
 from brelax_jax.sets._search import ROUNDS, between
-from brelax_jax.sets._weights import Unit, Weights, errors, gains, refitted
+from brelax_jax.sets._weights import Unit, Weights, bound, errors, gains, refitted
 
 LEAST_ENTRIES = 1024  # of a group of such an array, for several scales a round
 
@@ -87,31 +88,27 @@ class Part(NamedTuple):
         peak = layout.join(peaks)
         return Part(magnitudes, arrays, layout, peak, Unit.of(peak, arrays[0].allowed))
 
-    def each(self, function: Callable[..., Array], *numbers: Array) -> Array:
-        """function(a, group, its numbers…) of each array, whose magnitudes of weights are a."""
+    def each(self, function: Callable[..., Any], *numbers: Array) -> Any:
+        """function(a, group, its numbers…) of each array, whose magnitudes of weights are a: arrays
+        with a number of each group.
+        """
         given = (1 / self.unit.unit, *numbers)
         if numbers:  # else XLA would compute `a` before the loop and keep it
             given = lax.optimization_barrier(given)
         pieces = zip(*map(self.layout.split, given), strict=True)
-        return self.layout.join(
-            [
-                function(jnp.abs(x.w * inverse), x.group, *own)
-                for x, (inverse, *own) in zip(self.arrays, pieces, strict=True)
-            ]
-        )
+        found = [
+            _one_pass(function, x.group, x.w, inverse, *own)
+            for x, (inverse, *own) in zip(self.arrays, pieces, strict=True)
+        ]
+        return jax.tree.map(lambda *parts: self.layout.join(parts), *found)
 
     def known(self, scales: Array) -> Known:
         """Scales of the shape (scales, *groups), with their errors."""
-        found = self.each(lambda a, g, s: errors(a, s, self.magnitudes, g), scales)
-        return jnp.stack([scales, found])
+        return jnp.stack([scales, self.each(bound(errors, self.magnitudes), scales)])
 
-    def energy_and_mean(self) -> Array:
-        """The sum of a² of each group, and the mean of a, along a first axis."""
-
-        def sums(a: Array, group: Group) -> Array:
-            return jnp.stack(group.sums(jnp.square(a), a / float(group.size(a))))
-
-        return self.each(sums)
+    def energy_and_mean(self) -> tuple[Array, Array]:
+        """The sum of a² of each group, and the mean of a."""
+        return self.each(_energy_and_mean)
 
     def bounds(self, mean: Array) -> tuple[Array, Array]:
         return bounds(self.magnitudes, mean, self.unit.divided(self.peak), self.unit)
@@ -131,17 +128,31 @@ class Part(NamedTuple):
 
     def refitted(self, scale: Array) -> Array:
         """The least-squares scale for the codes that are nearest at a scale."""
-
-        def sums(a: Array, group: Group, s: Array) -> Array:
-            return jnp.stack(group.sums(*gains(a, s, self.magnitudes)))
-
-        return refitted(scale, *self.each(sums, scale))
+        return refitted(scale, *self.each(bound(_gain_and_norm, self.magnitudes), scale))
 
     def scales(self, best: Array) -> list[Array]:
         """The scales of the weights, from the best ones in their units."""
         if self.unit.allowed is None:
             best = self.refitted(best)
         return self.layout.split(self.unit.scales(best, self.peak))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _one_pass(
+    function: Callable[..., Any], group: Group, w: Array, inverse: Array, *numbers: Array
+) -> Any:
+    """Traced once for arrays of equal shapes."""
+    return function(jnp.abs(w * inverse), group, *numbers)
+
+
+def _energy_and_mean(a: Array, group: Group) -> tuple[Array, Array]:
+    return group.sums(jnp.square(a), a / float(group.size(a)))
+
+
+def _gain_and_norm(
+    magnitudes: Sequence[float], a: Array, group: Group, scale: Array
+) -> tuple[Array, Array]:
+    return group.sums(*gains(a, scale, magnitudes))
 
 
 class Search(NamedTuple):

@@ -1,8 +1,9 @@
 """Weights whose scale is searched for, and the reductions over them that a search needs."""
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +60,8 @@ class Unit(NamedTuple):
     @staticmethod
     def of(peak: Array, allowed: Scales | None = None) -> "Unit":
         """The unit of groups with this largest magnitude."""
-        tiny = float(jnp.finfo(peak.dtype).tiny)
-        unit = jnp.where(peak > 0, jnp.clip(leading_bit(peak), tiny, 1 / tiny), 1)
-        return Unit(unit, 1 / unit, allowed)
+        unit, inverse = _unit_and_inverse(peak)
+        return Unit(unit, inverse, allowed)
 
     def divided(self, x: Array) -> Array:
         """x in units."""
@@ -93,13 +93,28 @@ class Unit(NamedTuple):
         return jnp.where(jnp.isfinite(peak) & jnp.isfinite(scale), scale, jnp.nan)
 
 
-def errors(a: Array, scales: Array, magnitudes: Sequence[float], group: Group) -> Array:
+@jax.jit
+def _unit_and_inverse(peak: Array) -> tuple[Array, Array]:
+    tiny = float(jnp.finfo(peak.dtype).tiny)
+    unit = jnp.where(peak > 0, jnp.clip(leading_bit(peak), tiny, 1 / tiny), 1)
+    return unit, 1 / unit
+
+
+@functools.cache
+def bound(function: Callable[..., Any], setting: Any) -> Callable[..., Any]:
+    """`partial(function, setting)`, the same object for the same arguments: so JAX sees that it has
+    traced it before.
+    """
+    return functools.partial(function, setting)
+
+
+def errors(magnitudes: Sequence[float], a: Array, group: Group, scales: Array) -> Array:
     """Σ min_l (a − s·m_l)² of each group, for some scales along a first axis."""
     group = group._replace(axes=tuple(axis + 1 for axis in group.axes))
     return group.sum(jnp.square(_residual(a[None], scales, magnitudes)))
 
 
-def error(a: Array, scale: Array, magnitudes: Sequence[float], group: Group) -> Array:
+def error(magnitudes: Sequence[float], a: Array, group: Group, scale: Array) -> Array:
     """Σ min_l (a − s·m_l)² of each group."""
     return group.sum_of(lambda a: jnp.square(_residual(a, scale, magnitudes)), a)
 

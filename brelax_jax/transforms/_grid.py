@@ -19,9 +19,11 @@ on a grid:
   next update reaches w. `LANDING` updates suffice; the others are for scales that jump meanwhile.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -52,6 +54,7 @@ class Grid(NamedTuple):
         return jnp.round(w * self.density) * self.spacing
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def grid_of(scale: Array, qset: QuantizedSet, dtype: DTypeLike) -> Grid:
     """The grid for params of this dtype, for each entry of a scale."""
     shape = _Shape.of(qset, dtype)
@@ -93,6 +96,7 @@ class _Shape(NamedTuple):
         return _Shape(digits, finest, fraction, top, top + headroom // 2)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def rounded_scale(
     qset: QuantizedSet, dtype: DTypeLike, scale: Array, most: Array | None = None
 ) -> Array:
@@ -133,6 +137,7 @@ def has_room(qset: QuantizedSet, dtype: DTypeLike) -> bool:
     return 2.0 ** (shape.digits + shape.finest) - 2.0**shape.reach >= 2.0 ** (shape.top + 1)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def limit_scale_jump(fit: Fit, last: Fit, qset: QuantizedSet, dtype: DTypeLike) -> Fit:
     """A rounded fit as near to `fit` as steps from the levels of `last` to its own are exact.
 
