@@ -14,6 +14,8 @@ from brelax_jax._arguments import is_number
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._levels import at_index, level_index, magnitude_of
 
+SMALL = 2.0**-32  # the part of each weight of which a sum does not overflow
+
 
 class Fit(NamedTuple):
     """What places one array on a set: with it, the projection is elementwise.
@@ -182,7 +184,7 @@ def _refitted_beyond_a_cut(
     lower, upper = magnitudes
     size = float(group.size(w))
     # No sum overflows, and no difference is flushed to zero.
-    unit = jnp.where(mean < jnp.finfo(w.dtype).max / (4 * upper * size), 1, 2.0**-32)
+    unit = jnp.where(mean < jnp.finfo(w.dtype).max / (4 * upper * size), 1, SMALL)
     unit = jnp.where(mean < 2.0**-60, 2.0**40, unit)
     cut = at * ((lower + upper) / 2) * unit
     over = jnp.maximum(magnitude_of(w) * unit - cut, 0)
@@ -210,7 +212,7 @@ def _refitted_at_once(
     """The same by one reduction."""
     q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
     size = float(group.size(w))
-    unit = jnp.where(mean < jnp.finfo(w.dtype).max / (2 * size), 1, 2.0**-32)  # no overflow
+    unit = jnp.where(mean < jnp.finfo(w.dtype).max / (2 * size), 1, SMALL)  # no overflow
     gain, norm = group.sums(jnp.abs(w) * unit * (q / magnitudes[-1]), jnp.square(q))
     norm = norm / size / magnitudes[-1]
     return gain / size / jnp.where(norm > 0, norm, 1) / unit
@@ -276,23 +278,23 @@ def mean_magnitude(w: Array, group: Group) -> Array:
 
 
 def _mean_by_other_passes(group: Group, w: Array) -> Array:
-    """Where the plain sum overflows, by other passes: on CPU two sums in one pass are slow."""
-    size = float(group.size(w))  # 2^32 is no int32
+    """Where the plain sum overflows, by another pass: on CPU two sums in one pass are slow."""
     total = group.sum(jnp.abs(w))
+    size = float(group.size(w))  # 2^32 is no int32
     return lax.cond(
         jnp.all(jnp.isfinite(total)),
         lambda: total / size,
-        lambda: jnp.minimum(
-            2 * group.sum(jnp.abs(w) / (2 * size)),
-            group.max(magnitude_of(w)),
-        ),
+        lambda: _mean_of(total, group.sum(magnitude_of(w) * SMALL), size),
     )
 
 
 def mean_at_once(group: Group, w: Array) -> Array:
     """By a sum that is exact and one that does not overflow: a branch would copy the weights."""
-    size = float(group.size(w))
     a = jnp.abs(w)
-    total, small = group.sums(a, a * 2.0**-32)
-    large = jnp.minimum(small / size, jnp.finfo(w.dtype).max * 2.0**-32) * 2.0**32
+    return _mean_of(*group.sums(a, a * SMALL), float(group.size(w)))
+
+
+def _mean_of(total: Array, small: Array, size: float) -> Array:
+    """The mean from the sum, which may have overflowed, and that of a part of each weight."""
+    large = jnp.minimum(small / size, jnp.finfo(small.dtype).max * SMALL) / SMALL
     return jnp.where(jnp.isfinite(total), total / size, jnp.where(jnp.isinf(small), small, large))
