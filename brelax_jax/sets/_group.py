@@ -54,6 +54,16 @@ class Group(NamedTuple):
         largest = jnp.max(x, axis=self.axes, keepdims=True, initial=initial)
         return lax.pmax(largest, self.axis_names) if self.axis_names else largest
 
+    def peak(self, w: Array) -> Array:
+        """The largest magnitude in each group.
+
+        XLA on CPU would write |w| to memory before it takes a maximum of it.
+        """
+        smallest = jnp.min(w, axis=self.axes, keepdims=True)
+        if self.axis_names:
+            smallest = lax.pmin(smallest, self.axis_names)
+        return jnp.abs(jnp.maximum(self.max(w), -smallest))
+
     def numbers(self, x: Array) -> tuple[int, ...]:
         """The shape of numbers that are one a group, as every reduction gives them."""
         return tuple(1 if axis in self.axes else size for axis, size in enumerate(x.shape))

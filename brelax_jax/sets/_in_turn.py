@@ -26,7 +26,9 @@ from brelax_jax.sets._weights import Unit, Weights
 
 MOST_ARRAYS = 32  # of one loop: each choice has as many branches, and each branch gets all arrays
 GROUPS_OF_A_PART = 2**14  # small ones, which are searched together
-MOST_WEIGHTS = 2**23  # of one loop of several arrays: all are kept in units
+# Of one loop of several arrays: all are kept in units. So many take less than 32 MB in float32.
+# Larger temporaries go back to the system after each update, with glibc, and are zeroed anew.
+MOST_WEIGHTS = 6 * 2**20
 
 
 def in_turn(magnitudes: Sequence[float], arrays: Sequence[Weights]) -> list[Array]:

@@ -46,6 +46,10 @@ class Rows(Group):
         largest = self._reduced(jnp.maximum, x)
         return largest if initial is None else jnp.maximum(largest, initial)
 
+    def peak(self, w: Array) -> Array:
+        """See `Group.peak`."""
+        return self.max(jnp.abs(w))
+
 
 class RowsOneByOne(Rows):
     """The same for CPUs, where what is computed of all rows would be written to memory before it
