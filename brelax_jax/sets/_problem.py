@@ -157,22 +157,12 @@ def _gain_and_norm(
     magnitudes: Sequence[float], a: Array, group: Group, scale: Array
 ) -> tuple[Array, Array]:
     if len(magnitudes) == 2 and magnitudes[0] == 0:
-        return _gain_and_norm_by_a_cut(magnitudes, a, group, scale)
-    gain, norm = gains(a, scale, magnitudes)
+        # The same codes without a selection: then XLA on CPU writes one array in place of two.
+        q = magnitudes[1] * jnp.sign(jnp.maximum(a - scale * (magnitudes[1] / 2), 0))
+        gain, norm = q * (a - scale * q), jnp.square(q)
+    else:
+        gain, norm = gains(a, scale, magnitudes)
     return group.sum(gain), group.sum(norm)
-
-
-def _gain_and_norm_by_a_cut(
-    magnitudes: Sequence[float], a: Array, group: Group, scale: Array
-) -> tuple[Array, Array]:
-    """The same for 0 and one more, which a cut parts: XLA on CPU writes less to memory."""
-    _, magnitude = magnitudes
-    cut = scale * (magnitude / 2)
-    over = jnp.maximum(a - cut, 0)
-    count = group.sum(jnp.sign(over))
-    product = magnitude * (group.sum(over) + cut * count)
-    norm = magnitude**2 * count
-    return product - scale * norm, norm
 
 
 def _energy_and_mean(a: Array, group: Group) -> tuple[Array, Array]:

@@ -134,6 +134,17 @@ def test_what_has_no_answer_is_nan(bad):
     assert np.isnan(scale(w)).all()
 
 
+@pytest.mark.parametrize("n", [30_000, 400_000, 2_360_000])
+def test_many_weights_on_a_set_are_their_own_projection(n):
+    """Sums of so many are off by several roundings, but those of what is left are zero."""
+    qset = brx.Ternary()
+    project = jax.jit(qset.project)
+    codes = np.random.default_rng(2).integers(-1, 2, n)
+    normal = np.random.default_rng(3).normal(size=n).astype(np.float32)
+    for points in (np.float32(0.0371) * codes.astype(np.float32), project(normal)):
+        np.testing.assert_array_equal(project(points), points)
+
+
 def test_many_weights_alone_and_beside_few():
     rng = np.random.default_rng(1)
     large = rng.normal(size=(512, _bins.LEAST_WEIGHTS // 512)).astype(np.float32)
