@@ -132,12 +132,12 @@ def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
     q = qset.at_unit_scale(w, fit).reshape(groups.view)
     view = w.astype(fit.scale.dtype).reshape(groups.view)
     scale = fit.scale.reshape(groups.scale_view)
+    small = scale < 1e-18  # whose products and differences are flushed to zero
     unit = jnp.where(scale > 0, scale, 1)
-    shift = shift_of(unit)
+    shift = jnp.where(small, 2.0**60, shift_of(unit))
     norm = groups.group.sum(jnp.square(q))
-    gain = groups.group.sum(q * ((view * shift) / (unit * shift) - q))
-    # A small product is flushed to zero, but not where the addition is fused with it.
-    small = scale < 1e-18
+    # Near a point a difference is exact, which a quotient is not.
+    gain = groups.group.sum(q * ((view * shift - unit * shift * q) / (unit * shift)))
     scale *= jnp.where(small, 2.0**60, 1)
     refined = scale + scale * (gain / jnp.where(norm > 0, norm, 1))
     refined *= jnp.where(small, 2.0**-60, 1)

@@ -256,6 +256,25 @@ def test_a_scalar_is_its_own_projection(name):
     assert float(dequantized) == float(projection) == -2.5
 
 
+@pytest.mark.parametrize("size", [1e-30, 0.037, 1e30])
+@pytest.mark.parametrize("shape", [(60, 5), (2500, 100)], ids=["few", "many"])
+def test_points_are_their_own_projection_bit_for_bit(shape, size):
+    """Of sets whose scale is a mean, too: that of many equal floats is seldom what they are."""
+    w = np.random.default_rng(6).standard_normal(shape).astype(np.float32) * np.float32(size)
+    granularities = brx.PerTensor(), brx.PerChannel()
+    qsets = [
+        each(granularity=g) for each in (brx.Binary, brx.TernaryThreshold) for g in granularities
+    ]
+
+    @jax.jit
+    def projections(arrays):
+        return [qset.project(each) for qset, each in zip(qsets, arrays, strict=True)]
+
+    points = projections([w] * len(qsets))
+    for again, point in zip(projections(points), points, strict=True):
+        np.testing.assert_array_equal(again, point)
+
+
 def test_a_block_of_one_is_its_own_projection():
     w, names = data()["student 1.5"][0], ("binary", "threshold", "powers")
     qsets = [dataclasses.replace(SETS[name], granularity=brx.PerBlock(1)) for name in names]
