@@ -13,6 +13,7 @@ from jax import Array, lax
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._levels import at_index, level_index, magnitude_of
+from brelax_jax.sets._sums import Sums, sums_at_once, sums_in_pieces
 
 SMALL = 2.0**-32  # the part of each weight of which a sum does not overflow
 
@@ -162,58 +163,29 @@ class MeanMagnitude(ScaleRule):
             return Fit(at)
         if len(magnitudes) == 1:  # all codes are the same, whatever places them
             return Fit(jnp.where(jnp.isfinite(mean), mean / magnitudes[0], jnp.nan))
-        on_cpu = _refitted_beyond_a_cut if len(magnitudes) == 2 else _refitted_by_other_passes
         scale = lax.platform_dependent(
             w,
             mean,
             at,
-            cpu=functools.partial(on_cpu, magnitudes, group),
-            default=functools.partial(_refitted_at_once, magnitudes, group),
+            cpu=functools.partial(_refitted, sums_in_pieces, magnitudes, group),
+            default=functools.partial(_refitted, sums_at_once, magnitudes, group),
         )
         return Fit(jnp.where(jnp.isnan(at), at, scale), at)
 
 
-def _refitted_beyond_a_cut(
-    magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
+def _refitted(
+    sums: Sums, magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
 ) -> Array:
-    """The least-squares scale of the codes that are nearest at a scale, if one cut parts them.
-
-    XLA on CPU sums what is computed here without writing it to memory, which it does with selected
-    weights.
-    """
-    lower, upper = magnitudes
-    size = float(group.size(w))
-    # No sum overflows, and no difference is flushed to zero.
-    unit = jnp.where(mean < jnp.finfo(w.dtype).max / (4 * upper * size), 1, SMALL)
-    unit = jnp.where(mean < 2.0**-60, 2.0**40, unit)
-    cut = at * ((lower + upper) / 2) * unit
-    over = jnp.maximum(magnitude_of(w) * unit - cut, 0)
-    count = group.sum(jnp.sign(over))
-    beyond = group.sum(over) + cut * count
-    gain = lower * size * (mean * unit) + (upper - lower) * beyond
-    norm = lower**2 * size + (upper**2 - lower**2) * count
-    return gain / jnp.where(norm > 0, norm, 1) / unit
-
-
-def _refitted_by_other_passes(
-    magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
-) -> Array:
-    """The same for any levels, as is fast on CPU."""
-    del mean
-    q = at_index(level_index(magnitude_of(w), at, magnitudes), magnitudes)
-    norm = group.mean(jnp.square(q)) / magnitudes[-1]
-    gain = mean_magnitude(w * (q / magnitudes[-1]), group)
-    return gain / jnp.where(norm > 0, norm, 1)
-
-
-def _refitted_at_once(
-    magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
-) -> Array:
-    """The same by one reduction."""
-    q = at_index(level_index(jnp.abs(w), at, magnitudes), magnitudes)
+    """The least-squares scale of the codes that are nearest at a scale."""
     size = float(group.size(w))
     unit = jnp.where(mean < jnp.finfo(w.dtype).max / (2 * size), 1, SMALL)  # no overflow
-    gain, norm = group.sums(jnp.abs(w) * unit * (q / magnitudes[-1]), jnp.square(q))
+
+    def gain_and_norm(w: Array, at: Array, unit: Array) -> tuple[Array, Array]:
+        a = magnitude_of(w)
+        q = at_index(level_index(a, at, magnitudes), magnitudes)
+        return a * unit * (q / magnitudes[-1]), jnp.square(q)
+
+    gain, norm = sums(gain_and_norm, group, w, at, unit)
     norm = norm / size / magnitudes[-1]
     return gain / size / jnp.where(norm > 0, norm, 1) / unit
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import brelax_jax as brx
+from brelax_jax.sets._sums import PIECE
 from tests.helpers import covering, oracles
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -73,6 +74,17 @@ def test_names_that_others_give_to_these_rules():
     np.testing.assert_array_equal(
         np.unique(np.abs(brx.Binary(rule=brx.Fixed(1.0)).project(w))), [1.0]
     )
+
+
+@pytest.mark.parametrize("name", ["ternary", "two-bit", "uniform4"])
+def test_the_refit_of_a_large_group_is_its_definition(name):
+    """On CPU it is taken in pieces, of which the last one is smaller."""
+    rule, normal = brx.MeanMagnitude(1.0), np.random.default_rng(7).standard_normal(2 * PIECE + 17)
+    qset = SETS[name](rule=rule)
+    scale = jax.jit(lambda w: qset.quantize(w).scale)
+    for size in (1e-30, 1, 1e36):  # the sum of the last ones overflows
+        w = (size * normal).astype(np.float32)
+        np.testing.assert_allclose(scale(w), defined(rule, w, qset.levels)[1], rtol=2e-6)
 
 
 @every("name", ["ternary", "uniform4", "binary"])
@@ -153,11 +165,10 @@ def test_training_ends_on_the_set_bit_for_bit(rule, params):
 
 
 def test_an_update_needs_no_memory_for_what_it_computes_of_weights():
-    """Without a refit: no |w| is written to be read again."""
-    rules = {name: rule for name, rule in RULES.items() if not rule.refits}
-    sets = {name: {"kernel": SETS["uniform4"](rule=rule)} for name, rule in rules.items()}
+    """No |w| is written to be read again, and no codes but those of one piece."""
+    sets = {name: {"kernel": SETS["uniform4"](rule=rule)} for name, rule in RULES.items()}
     sets["binary"] = {"kernel": brx.Binary()}
-    params = {name: {"kernel": jax.ShapeDtypeStruct((128, 256), jnp.float32)} for name in sets}
+    params = {name: {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)} for name in sets}
     relax = brx.binary_relax(optax.sgd(0.1, momentum=0.9), sets, 1.0)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -166,7 +177,7 @@ def test_an_update_needs_no_memory_for_what_it_computes_of_weights():
         return optax.apply_updates(params, updates), state
 
     compiled = step.lower(params, jax.eval_shape(relax.init, params), params).compile()
-    weights = 4 * 128 * 256  # bytes of one leaf
+    weights = 4 * 1024 * 4096  # bytes of one leaf
     assert compiled.memory_analysis().temp_size_in_bytes < weights / 10
 
 
