@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._lanes import UPRIGHT, laid_back, lies_across, upright
-from brelax_jax.sets._levels import at_index, level_index, shift_of
+from brelax_jax.sets._levels import at_index, level_index, magnitude_of, shift_of
 from brelax_jax.sets._platform import by_platform
 from brelax_jax.sets._rules import Fit, LeastSquares
 from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._searches import searched_scales
+from brelax_jax.sets._sums import sums
 from brelax_jax.sets._weights import Weights
 
 if TYPE_CHECKING:
@@ -129,15 +130,22 @@ def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
     if w.size == 0 or not is_mean or qset.scale_dtype is not None:
         return fit
     groups = qset.granularity.groups(w.shape)
-    q = qset.at_unit_scale(w, fit).reshape(groups.view)
     view = w.astype(fit.scale.dtype).reshape(groups.view)
     scale = fit.scale.reshape(groups.scale_view)
+    code_scale = scale if fit.code_scale is None else fit.code_scale.reshape(groups.scale_view)
     small = scale < 1e-18  # whose products and differences are flushed to zero
     unit = jnp.where(scale > 0, scale, 1)
     shift = jnp.where(small, 2.0**60, shift_of(unit))
-    norm = groups.group.sum(jnp.square(q))
-    # Near a point a difference is exact, which a quotient is not.
-    gain = groups.group.sum(q * ((view * shift - unit * shift * q) / (unit * shift)))
+
+    def gain_and_norm(
+        w: Array, code_scale: Array, unit: Array, shift: Array
+    ) -> tuple[Array, Array]:
+        a = magnitude_of(w)
+        q = at_index(level_index(a, code_scale, qset.magnitudes), qset.magnitudes)
+        # Near a point a difference is exact, which a quotient is not.
+        return q * ((a * shift - unit * shift * q) / (unit * shift)), jnp.square(q)
+
+    gain, norm = sums(gain_and_norm, groups.group, view, code_scale, unit, shift)
     scale *= jnp.where(small, 2.0**60, 1)
     refined = scale + scale * (gain / jnp.where(norm > 0, norm, 1))
     refined *= jnp.where(small, 2.0**-60, 1)

@@ -13,7 +13,7 @@ from jax import Array, lax
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._levels import at_index, level_index, magnitude_of
-from brelax_jax.sets._sums import Sums, sums_at_once, sums_in_pieces
+from brelax_jax.sets._sums import sums
 
 SMALL = 2.0**-32  # the part of each weight of which a sum does not overflow
 
@@ -163,19 +163,11 @@ class MeanMagnitude(ScaleRule):
             return Fit(at)
         if len(magnitudes) == 1:  # all codes are the same, whatever places them
             return Fit(jnp.where(jnp.isfinite(mean), mean / magnitudes[0], jnp.nan))
-        scale = lax.platform_dependent(
-            w,
-            mean,
-            at,
-            cpu=functools.partial(_refitted, sums_in_pieces, magnitudes, group),
-            default=functools.partial(_refitted, sums_at_once, magnitudes, group),
-        )
+        scale = _refitted(magnitudes, group, w, mean, at)
         return Fit(jnp.where(jnp.isnan(at), at, scale), at)
 
 
-def _refitted(
-    sums: Sums, magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array
-) -> Array:
+def _refitted(magnitudes: Sequence[float], group: Group, w: Array, mean: Array, at: Array) -> Array:
     """The least-squares scale of the codes that are nearest at a scale."""
     size = float(group.size(w))
     unit = jnp.where(mean < jnp.finfo(w.dtype).max / (2 * size), 1, SMALL)  # no overflow

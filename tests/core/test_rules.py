@@ -79,12 +79,17 @@ def test_names_that_others_give_to_these_rules():
 @pytest.mark.parametrize("name", ["ternary", "two-bit", "uniform4"])
 def test_the_refit_of_a_large_group_is_its_definition(name):
     """On CPU it is taken in pieces, of which the last one is smaller."""
-    rule, normal = brx.MeanMagnitude(1.0), np.random.default_rng(7).standard_normal(2 * PIECE + 17)
-    qset = SETS[name](rule=rule)
-    scale = jax.jit(lambda w: qset.quantize(w).scale)
+    rule, rows = brx.MeanMagnitude(1.0), PIECE + 17
+    one, several = (
+        SETS[name](rule=rule, granularity=g) for g in (brx.PerTensor(), brx.PerChannel())
+    )
+    scales = jax.jit(lambda w: (one.quantize(w).scale, several.quantize(w).scale))
     for size in (1e-30, 1, 1e36):  # the sum of the last ones overflows
-        w = (size * normal).astype(np.float32)
-        np.testing.assert_allclose(scale(w), defined(rule, w, qset.levels)[1], rtol=2e-6)
+        w = (size * np.random.default_rng(7).standard_normal((rows, 2))).astype(np.float32)
+        groups = [w.ravel(), *w.T]
+        found = np.concatenate([np.ravel(scale) for scale in scales(w)])
+        for group, scale in zip(groups, found, strict=True):
+            np.testing.assert_allclose(scale, defined(rule, group, one.levels)[1], rtol=2e-6)
 
 
 @every("name", ["ternary", "uniform4", "binary"])
