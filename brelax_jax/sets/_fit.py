@@ -16,7 +16,6 @@ from brelax_jax.sets._platform import by_platform
 from brelax_jax.sets._rules import Fit, LeastSquares
 from brelax_jax.sets._scale_dtype import Scales
 from brelax_jax.sets._searches import searched_scales
-from brelax_jax.sets._sums import sums
 from brelax_jax.sets._weights import Weights
 
 if TYPE_CHECKING:
@@ -136,16 +135,11 @@ def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
     small = scale < 1e-18  # whose products and differences are flushed to zero
     unit = jnp.where(scale > 0, scale, 1)
     shift = jnp.where(small, 2.0**60, shift_of(unit))
-
-    def gain_and_norm(
-        w: Array, code_scale: Array, unit: Array, shift: Array
-    ) -> tuple[Array, Array]:
-        a = magnitude_of(w)
-        q = at_index(level_index(a, code_scale, qset.magnitudes), qset.magnitudes)
-        # Near a point a difference is exact, which a quotient is not.
-        return q * ((a * shift - unit * shift * q) / (unit * shift)), jnp.square(q)
-
-    gain, norm = sums(gain_and_norm, groups.group, view, code_scale, unit, shift)
+    a = magnitude_of(view)
+    q = at_index(level_index(a, code_scale, qset.magnitudes), qset.magnitudes)
+    norm = groups.group.sum(jnp.square(q))
+    # Near a point a difference is exact, which a quotient is not.
+    gain = groups.group.sum(q * ((a * shift - unit * shift * q) / (unit * shift)))
     scale *= jnp.where(small, 2.0**60, 1)
     refined = scale + scale * (gain / jnp.where(norm > 0, norm, 1))
     refined *= jnp.where(small, 2.0**-60, 1)
