@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from brelax_jax.sets._group import Group
 from brelax_jax.sets._lanes import UPRIGHT, laid_back, lies_across, upright
-from brelax_jax.sets._levels import at_index, level_index, magnitude_of, shift_of
+from brelax_jax.sets._levels import magnitude_of, nearest_magnitude, shift_of
 from brelax_jax.sets._platform import by_platform
 from brelax_jax.sets._rules import Fit, LeastSquares
 from brelax_jax.sets._scale_dtype import Scales
@@ -136,7 +136,7 @@ def fit_finely(qset: "QuantizedSet", w: Array) -> Fit:
     unit = jnp.where(scale > 0, scale, 1)
     shift = jnp.where(small, 2.0**60, shift_of(unit))
     a = magnitude_of(view)
-    q = at_index(level_index(a, code_scale, qset.magnitudes), qset.magnitudes)
+    q = nearest_magnitude(a, code_scale, qset.magnitudes)
     norm = groups.group.sum(jnp.square(q))
     # Near a point a difference is exact, which a quotient is not.
     gain = groups.group.sum(q * ((a * shift - unit * shift * q) / (unit * shift)))
@@ -155,7 +155,7 @@ def largest_scale(qset: "QuantizedSet", w: Array, scale: Array, dtype: DTypeLike
         return None
     groups = qset.granularity.groups(w.shape)
     peak = groups.group.max(jnp.abs(w.astype(scale.dtype)).reshape(groups.view))
-    index = level_index(peak, scale.reshape(groups.scale_view), qset.magnitudes)
-    magnitude = at_index(index, qset.magnitudes).reshape(scale.shape)
+    magnitude = nearest_magnitude(peak, scale.reshape(groups.scale_view), qset.magnitudes)
+    magnitude = magnitude.reshape(scale.shape)
     most = float(jnp.finfo(dtype).max) * (1 - 2 * float(jnp.finfo(scale.dtype).eps))
     return most / jnp.where(magnitude > 0, magnitude, 1)

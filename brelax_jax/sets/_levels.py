@@ -28,6 +28,11 @@ def level_index(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
     return index
 
 
+def nearest_magnitude(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
+    """The magnitude for which |a − scale·magnitude| is least; see `level_index`."""
+    return at_index(level_index(a, scale, magnitudes), magnitudes)
+
+
 def magnitude_of(w: Array) -> Array:
     """|w|, where other passes over w take its absolute values too.
 

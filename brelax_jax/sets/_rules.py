@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from brelax_jax._arguments import is_number
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import at_index, level_index, magnitude_of
+from brelax_jax.sets._levels import magnitude_of, nearest_magnitude
 from brelax_jax.sets._sums import sums
 
 SMALL = 2.0**-32  # the part of each weight of which a sum does not overflow
@@ -174,7 +174,7 @@ def _refitted(magnitudes: Sequence[float], group: Group, w: Array, mean: Array, 
 
     def gain_and_norm(w: Array, at: Array, unit: Array) -> tuple[Array, Array]:
         a = magnitude_of(w)
-        q = at_index(level_index(a, at, magnitudes), magnitudes)
+        q = nearest_magnitude(a, at, magnitudes)
         return a * unit * (q / magnitudes[-1]), jnp.square(q)
 
     gain, norm = sums(gain_and_norm, group, w, at, unit)

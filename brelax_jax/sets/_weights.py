@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from brelax_jax.sets._group import Group
-from brelax_jax.sets._levels import COMPARED, are_consecutive, at_index, level_index
+from brelax_jax.sets._levels import COMPARED, are_consecutive, nearest_magnitude
 from brelax_jax.sets._scale_dtype import Scales, leading_bit
 
 ROUNDED = 3  # beyond so many consecutive magnitudes, multiplying by one reciprocal is faster
@@ -123,7 +123,7 @@ def gains(a: Array, scale: Array, magnitudes: Sequence[float]) -> tuple[Array, A
     """q·(a − s·q) and q·q of each entry: for the codes q that are nearest at s, the least-squares
     scale is above s by the quotient of their sums.
     """
-    q = at_index(level_index(a, scale, magnitudes), magnitudes)
+    q = nearest_magnitude(a, scale, magnitudes)
     return q * (a - scale * q), jnp.square(q)
 
 
@@ -137,6 +137,6 @@ def _residual(a: Array, scale: Array, magnitudes: Sequence[float]) -> Array:
     if len(magnitudes) > ROUNDED and are_consecutive(magnitudes):
         return a - scale * jnp.minimum(jnp.round(a * (1 / scale)), magnitudes[-1])
     if len(magnitudes) > COMPARED:
-        return a - scale * at_index(level_index(a, scale, magnitudes), magnitudes)
+        return a - scale * nearest_magnitude(a, scale, magnitudes)
     distances = [jnp.abs(a - scale * m) if m else a for m in magnitudes]
     return jax.tree.reduce(jnp.minimum, distances)
